@@ -1,0 +1,260 @@
+"""Batches for training and evaluation: from a data set's records to arrays on this process's host.
+
+Training batches are a function of the seed, the step and the number of processes alone. All randomness hangs on a
+record's position in one endless global order, so neither the number of workers nor a restart changes a single bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from absl import flags
+
+from msvmamba_jax.data import digits
+from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.errors import InputError
+
+Record = dict[str, Any]  # {"image": uint8 (height, width, 3), "label": int}
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access to records ``{"image": uint8 (height, width, 3), "label": int}``.
+
+    Where workers are used it must be picklable.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What a classifier is trained and evaluated on.
+
+    Attributes:
+        train: the training records.
+        evaluation: the evaluation records.
+        class_names: the name of every label.
+        preprocessing: how images are prepared for evaluation; its `normalise` is left to whoever takes the batches.
+        augment: maps a training record and a `np.random.Generator` to a record whose image is uint8 (size, size, 3); a
+            function or a `grain.transforms.RandomMap`. None: training images are cropped like those for evaluation.
+    """
+
+    train: Source
+    evaluation: Source
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    augment: Callable[[Record, np.random.Generator], Record] | None = None
+
+
+def load_dataset(config: Mapping[str, Any]) -> Dataset:
+    """Loads the data set that a configuration names.
+
+    Args:
+        config: a mapping or `ml_collections.ConfigDict`: ``source`` names the data set, the other keys are its options.
+            ``workers``, which is for `train_batches`, may stand there too. Known sources: "digits" (no options).
+
+    Raises:
+        InputError: the source or an option is unknown, or the data cannot be read.
+    """
+    options = dict(config.items())
+    options.pop("workers", None)
+    source = options.pop("source", None)
+    if source not in _LOADERS:
+        raise InputError(f"Unknown data source {source!r}; known are {', '.join(map(repr, _LOADERS))}.")
+    return _LOADERS[source](options)
+
+
+def train_steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
+    """The number of global batches in one pass over the training records, without the last partial one.
+
+    Raises:
+        InputError: there are fewer records than one batch holds.
+    """
+    _positive("batch_size", batch_size)
+    steps = len(dataset.train) // batch_size
+    if not steps:
+        raise InputError(
+            f"The training set has {len(dataset.train)} images, which do not fill one batch: "
+            f"lower batch_size from {batch_size} to at most that."
+        )
+    return steps
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[Batch, None, None]:
+    """Endless training batches of this process, from `start_step` on.
+
+    Every epoch is a new shuffle of the training records and takes `train_steps_per_epoch` steps; what does not fill a
+    last batch is left out until the next shuffle. The batches that the processes get for a step are disjoint and make
+    up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and its augmentation
+    are the same for every number of processes.
+
+    Args:
+        dataset: the data set.
+        batch_size: the global batch; each process gets ``b = batch_size // process_count`` of it.
+        seed: of the shuffles and the augmentation; not negative.
+        start_step: the step of the first batch; 0, or where a resumed run goes on.
+        workers: processes that load and augment; 0 does it on threads of this process. The batches are the same, bit by
+            bit. With workers the main script needs the usual ``if __name__ == "__main__"`` guard.
+        process_index: which of the processes this one is.
+        process_count: how many processes train together.
+
+    Yields:
+        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,)}``. Closing the generator stops its threads and
+        workers.
+
+    Raises:
+        InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.
+    """
+    grain = _import_grain()
+    local_batch = _local_batch(batch_size, process_index, process_count)
+    epoch_records = train_steps_per_epoch(dataset, batch_size=batch_size) * batch_size
+    for name, value in (("seed", seed), ("start_step", start_step), ("workers", workers)):
+        if value < 0:
+            raise InputError(f"{name} must not be negative, but is {value}.")
+    # Seeds of their own, since those that Grain would derive change with the number of transformations in between.
+    shuffle_seed, augment_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+
+    records = grain.MapDataset.source(dataset.train).shuffle(shuffle_seed)[:epoch_records].repeat(None)
+    # Before the processes part: the generator is seeded by the position in the global order.
+    if dataset.augment is not None:
+        records = records.random_map(dataset.augment, seed=augment_seed)
+    else:
+        records = records.map(functools.partial(_cropped, dataset.preprocessing))
+    records = records[process_index::process_count].map(_training_record)
+    # Batched here, a batch is one item for the workers, and its step is its index.
+    batches = records.batch(local_batch, drop_remainder=True)[start_step:]
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags here, also in a notebook or a program without absl.
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    else:
+        batches = batches.to_iter_dataset(_thread_options(grain))
+    return _iterate(iter(batches))
+
+
+def evaluation_steps(dataset: Dataset, *, batch_size: int) -> int:
+    """The number of batches that `evaluation_batches` yields on every process.
+
+    Raises:
+        InputError: the evaluation set is empty.
+    """
+    _positive("batch_size", batch_size)
+    if not len(dataset.evaluation):
+        raise InputError("The evaluation set holds no image.")
+    return -(-len(dataset.evaluation) // batch_size)
+
+
+def evaluation_batches(
+    dataset: Dataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Generator[Batch, None, None]:
+    """The whole evaluation set once, cropped by the data set's preprocessing, in order.
+
+    Every process yields `evaluation_steps` batches of one shape; process p holds the rows p, p + process_count, ... of
+    each global batch. Rows past the last image are padding: black, label 0, mask False.
+
+    Args:
+        dataset: the data set.
+        batch_size: the global batch; each process gets ``b = batch_size // process_count`` of it.
+        process_index: which of the processes this one is.
+        process_count: how many processes evaluate together.
+
+    Yields:
+        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,), "mask": bool (b,)}``. Closing the generator stops its
+        threads.
+
+    Raises:
+        InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.
+    """
+    grain = _import_grain()
+    local_batch = _local_batch(batch_size, process_index, process_count)
+    rows = evaluation_steps(dataset, batch_size=batch_size) * batch_size
+    records = grain.MapDataset.range(process_index, rows, process_count)
+    records = records.map(functools.partial(_evaluation_record, dataset.evaluation, dataset.preprocessing))
+    batches = records.batch(local_batch, drop_remainder=True)
+    return _iterate(iter(batches.to_iter_dataset(_thread_options(grain))))
+
+
+def _digits(options: Mapping[str, Any]) -> Dataset:
+    if options:
+        raise InputError(f"The data source 'digits' has no option {', '.join(map(repr, options))}.")
+    train, evaluation = digits.load_digits()
+    return Dataset(train, evaluation, digits.CLASS_NAMES, digits.PREPROCESSING, digits.augment)
+
+
+# The data sets by the name that a configuration's `source` gives them; each takes its options and rejects unknown ones.
+_LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {"digits": _digits}
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise InputError("Batches are made with Grain: pip install 'msvmamba_jax[data]'.") from error
+    return grain
+
+
+def _thread_options(grain: Any) -> Any:
+    # A thread makes one whole batch at a time: the buffer counts batches, feeds the threads and decides the memory.
+    threads = min(8, os.cpu_count() or 1)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+
+
+def _iterate(batches: Any) -> Generator[Batch, None, None]:
+    """Yields from a Grain iterator and closes it at the end, whoever ends it."""
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, but is {value}.")
+
+
+def _local_batch(batch_size: int, process_index: int, process_count: int) -> int:
+    _positive("batch_size", batch_size)
+    _positive("process_count", process_count)
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process_index must be in 0..{process_count - 1}, but is {process_index}.")
+    if batch_size % process_count:
+        raise InputError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple.")
+    return batch_size // process_count
+
+
+def _cropped(preprocessing: Preprocessing, record: Record) -> Record:
+    return {**record, "image": preprocessing.crop(record["image"])}
+
+
+def _training_record(record: Record) -> Record:
+    return {"image": record["image"], "label": np.int32(record["label"])}
+
+
+def _evaluation_record(source: Source, preprocessing: Preprocessing, index: int) -> Record:
+    if index >= len(source):
+        image = np.zeros((preprocessing.size, preprocessing.size, 3), np.uint8)
+        return {"image": image, "label": np.int32(0), "mask": np.bool_(False)}
+    record = source[index]
+    return {
+        "image": preprocessing.crop(record["image"]),
+        "label": np.int32(record["label"]),
+        "mask": np.bool_(True),
+    }

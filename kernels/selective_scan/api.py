@@ -1,0 +1,177 @@
+"""The selective scan as users call it: checks, choice of the implementation, and the derivative."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msvmamba_jax.kernels.selective_scan import xla
+from msvmamba_jax.kernels.selective_scan.routes import ROUTES, Route, ScanInputs
+
+
+class _Implementation(NamedTuple):
+    forward: Callable[[ScanInputs, tuple[Route, ...]], tuple[jax.Array, Any]]
+    backward: Callable[[Any, jax.Array, tuple[Route, ...]], ScanInputs]
+
+
+_IMPLEMENTATIONS = {"xla": _Implementation(xla.forward, xla.backward)}
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `implementation=` accepts."""
+    return tuple(_IMPLEMENTATIONS)
+
+
+def selective_scan_2d(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    *,
+    routes: Sequence[Route] = ("row",),
+    implementation: str | None = None,
+) -> jax.Array:
+    """Scans a map with input-dependent parameters along one or more routes.
+
+    With t counting the positions in the order of the routes, the state is *not* reset between routes:
+
+        step_t = softplus(delta_t + delta_bias)
+        h_t = exp(step_t A) h_{t-1} + step_t B_t u_t        (one scalar state for each channel and state index)
+        y_t = sum over states of C_t h_t, plus D u_t
+
+    `u`, `delta`, `B` and `C` belong to positions, so several routes share them. Independent recurrences (as in VMamba's
+    cross-scan) are independent calls.
+
+    Args:
+        u: input (b, h, w, d), float32 or bfloat16 (float64 where enabled).
+        delta: step sizes before bias and softplus (b, h, w, d), of any floating dtype, as B and C.
+        A: (d, n), negative for a decaying state.
+        B: input projection (b, h, w, n).
+        C: output projection (b, h, w, n).
+        D: skip connection (d,); none by default.
+        delta_bias: (d,); none by default.
+        routes: orders of travel, each `row`, `row_reversed`, `column` or `column_reversed`.
+        implementation: a name from `implementations()`, or None for the best one that runs here.
+
+    Returns:
+        y (b, len(routes), h, w, d) in the dtype of `u`: for each route the output at every position *of the map*.
+        The state is kept in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit together, an unknown route, or an implementation that cannot run here.
+
+    Source: Gu and Dao, arXiv:2312.00752, algorithm 2, with the simplified (Euler) discretisation of B; chained routes
+    as in MSVMamba, arXiv:2405.14174.
+    """
+    inputs = _checked(u, delta, A, B, C, D, delta_bias)
+    routes = tuple(routes)
+    unknown = [route for route in routes if route not in ROUTES]
+    if unknown or not routes:
+        raise ValueError(f"routes must be one or more of {', '.join(ROUTES)}; got {list(routes)}")
+    return _scan(_choose(implementation), routes, inputs)
+
+
+def selective_scan(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Scans sequences: `selective_scan_2d` on maps of one row.
+
+    Args:
+        u: input (b, length, d), float32 or bfloat16.
+        delta: step sizes before bias and softplus (b, length, d).
+        A: (d, n).
+        B: (b, length, n).
+        C: (b, length, n).
+        D: (d,); none by default.
+        delta_bias: (d,); none by default.
+        implementation: as for `selective_scan_2d`.
+
+    Returns:
+        y (b, length, d) in the dtype of `u`.
+
+    Raises:
+        ValueError: as `selective_scan_2d`.
+    """
+    if u.ndim != 3:
+        raise ValueError(f"u must be (batch, length, channels); got shape {u.shape}")
+    as_map = [x[:, None] for x in (u, delta, B, C)]
+    y = selective_scan_2d(as_map[0], as_map[1], A, as_map[2], as_map[3], D, delta_bias, implementation=implementation)
+    return y[:, 0, 0]
+
+
+def _choose(implementation: str | None) -> str:
+    if implementation is None:
+        return "xla"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"no scan implementation {implementation!r}; there is {', '.join(_IMPLEMENTATIONS)}")
+    return implementation
+
+
+def _checked(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    delta_bias: jax.Array | None,
+) -> ScanInputs:
+    if u.ndim != 4:
+        raise ValueError(f"u must be (batch, height, width, channels); got shape {u.shape}")
+    if A.ndim != 2:
+        raise ValueError(f"A must be (channels, states); got shape {A.shape}")
+    *positions, channels = u.shape
+    if not all(positions) or not channels:
+        raise ValueError(f"u must not be empty; got shape {u.shape}")
+    states = A.shape[1]
+    D = jnp.zeros(channels, A.dtype) if D is None else D
+    delta_bias = jnp.zeros(channels, A.dtype) if delta_bias is None else delta_bias
+    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias)
+    expected = ScanInputs(
+        u=u.shape,
+        delta=u.shape,
+        A=(channels, states),
+        B=(*positions, states),
+        C=(*positions, states),
+        D=(channels,),
+        delta_bias=(channels,),
+    )
+    for name, array, shape in zip(ScanInputs._fields, inputs, expected, strict=True):
+        if array.shape != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit u {u.shape}; got {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be a floating-point array; got {array.dtype}")
+    return inputs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(implementation: str, routes: tuple[Route, ...], inputs: ScanInputs) -> jax.Array:
+    return _IMPLEMENTATIONS[implementation].forward(inputs, routes)[0]
+
+
+def _scan_forward(implementation: str, routes: tuple[Route, ...], inputs: ScanInputs) -> tuple[jax.Array, Any]:
+    return _IMPLEMENTATIONS[implementation].forward(inputs, routes)
+
+
+def _scan_backward(
+    implementation: str, routes: tuple[Route, ...], residuals: Any, dy: jax.Array
+) -> tuple[ScanInputs]:
+    return (_IMPLEMENTATIONS[implementation].backward(residuals, dy, routes),)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)

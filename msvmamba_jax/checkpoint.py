@@ -1,0 +1,270 @@
+"""Checkpoints that explain themselves: what is in one, how to write one, and `load_model`.
+
+A checkpoint folder holds two Orbax items: `state` (at least `params`, the weights; a training run adds `ema`, the
+averaged weights, and what it needs to go on) and `model`, a small JSON that says how to build the model, what its classes
+are called and how images are prepared for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.parameters import Tree, abstract_model, bind
+from msvmamba_jax.models.variants import create_model
+
+FORMAT = 1
+Weights = Literal["ema", "raw"]
+_TREES = {"ema": "ema", "raw": "params"}
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file at the level of information
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint is.
+
+    Attributes:
+        model: keyword arguments of `create_model`: the name and every option that makes the parameters what they are.
+        task: "classification".
+        class_names: one for each output.
+        preprocessing: how images are prepared.
+        source: where the weights come from, such as the name and SHA-256 of a converted file.
+    """
+
+    model: Mapping[str, Any]
+    task: str = "classification"
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.model["num_classes"]:
+            raise InputError(f"{self.model['num_classes']} classes have {len(self.class_names)} names")
+
+    def build(self, **options: Any) -> nnx.Module:
+        """The model, freshly initialised; `options` as for `create_model` (dtype, remat, rngs, ...)."""
+        return create_model(**{**self.model, **options})
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "model": {k: list(v) if isinstance(v, tuple) else v for k, v in self.model.items()},
+            "class_names": list(self.class_names),
+            "preprocessing": self.preprocessing.to_json(),
+            "source": dict(self.source),
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> Description:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: not such a description, or one of a newer format.
+        """
+        try:
+            if values["format"] > FORMAT:
+                raise InputError("the checkpoint was written by a newer version of msvmamba_jax: upgrade to read it")
+            if values["task"] != "classification":
+                raise InputError(f"the checkpoint is for the task {values['task']!r}, which this version does not know")
+            model = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+            unknown = set(model) - {"name", "num_classes", "width", "depths", "states", "drop_path"}
+            if unknown:
+                raise InputError(f"the checkpoint's model has unknown options: {', '.join(sorted(unknown))}")
+            return cls(
+                model=model,
+                task=values["task"],
+                class_names=tuple(map(str, values["class_names"])),
+                preprocessing=Preprocessing.from_json(values["preprocessing"]),
+                source={str(k): str(v) for k, v in values["source"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the checkpoint's description is damaged ({type(error).__name__}: {error})") from error
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means.
+
+    Args:
+        path: a checkpoint folder, or the workdir of a training run (or its `checkpoints` folder): then the checkpoint
+            with the best score, or the latest where none has been evaluated.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path}: no such folder")
+    if path.is_file():
+        hint = f"; convert it first: python -m msvmamba_jax.convert {path} OUTPUT" if path.suffix != ".json" else ""
+        raise InputError(f"{path} is a file, but a checkpoint is a folder{hint}")
+    if _is_checkpoint(path):
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted((p for p in root.iterdir() if p.name.isdigit() and _is_checkpoint(p)), key=lambda p: int(p.name))
+    if not steps:
+        raise InputError(f"there is no checkpoint in {path}: it has no `state` and `model`, nor a run's `checkpoints`")
+    return max(steps, key=lambda step: (_score(step), int(step.name)))
+
+
+def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[Description, Tree]:
+    """Reads a checkpoint's description and one set of its weights as NumPy arrays.
+
+    Args:
+        path: see `find_checkpoint`.
+        weights: "ema" for the averaged weights, "raw" for the others; None takes the averaged ones where there are any.
+
+    Raises:
+        InputError: there is no checkpoint, it lacks these weights, or it cannot be read.
+    """
+    folder = find_checkpoint(path)
+    try:
+        description = Description.from_json(json.loads((folder / "model" / "metadata").read_text()))
+        trees = _stored_trees(folder)
+        name = _TREES[weights or ("ema" if "ema" in trees else "raw")]
+        if name not in trees:
+            raise InputError(f"it holds no {'averaged' if name == 'ema' else 'raw'} weights")
+        with ocp.PyTreeCheckpointer() as reader:
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[name])
+            restored = reader.restore(
+                (folder / "state").absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True
+                ),
+            )
+    except InputError as error:
+        raise InputError(f"cannot read the checkpoint {folder}: {error}") from error
+    except Exception as error:  # Orbax and TensorStore raise many kinds for missing and damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete ({reason:.200})") from error
+    return description, restored[name]
+
+
+def available_weights(path: str | Path) -> list[Weights]:
+    """Which weights the checkpoint at `path` holds, "raw" first.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    folder = find_checkpoint(path)
+    try:
+        trees = _stored_trees(folder)
+    except Exception as error:
+        raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete") from error
+    return [name for name in ("raw", "ema") if _TREES[name] in trees]  # type: ignore[misc]
+
+
+def load_model(
+    path: str | Path,
+    *,
+    weights: Weights | None = None,
+    dtype: DTypeLike | Literal["float32", "bfloat16"] = jnp.float32,
+    remat: bool = False,
+    scan_implementation: str | None = None,
+) -> Any:
+    """The model of a converted or trained checkpoint, with its weights.
+
+    Args:
+        path: a checkpoint folder or a training run's workdir, see `find_checkpoint`.
+        weights: "ema", "raw", or None for the averaged weights where there are any.
+        dtype: dtype of the computation.
+        remat: see `create_model`.
+        scan_implementation: see `create_model`.
+
+    Returns:
+        A Flax NNX module, see `create_model`.
+
+    Raises:
+        InputError: there is no checkpoint, or it cannot be read.
+    """
+    description, parameters = load_checkpoint(path, weights)
+    return build_model(description, parameters, dtype=dtype, remat=remat, scan_implementation=scan_implementation)
+
+
+def build_model(description: Description, parameters: Tree, **options: Any) -> Any:
+    """The described model with `parameters`; `options` as for `create_model`.
+
+    Raises:
+        InputError: the parameters do not fit the description.
+    """
+    model = abstract_model(lambda: description.build(rngs=nnx.Rngs(0), **options))
+    return bind(model, jax.tree.map(jnp.asarray, parameters))
+
+
+def save_checkpoint(path: str | Path, description: Description, parameters: Tree, *, overwrite: bool = False) -> None:
+    """Writes a checkpoint with one set of weights; a failure leaves no half-written folder behind.
+
+    Args:
+        path: the folder to make.
+        description: what it is.
+        parameters: nested dictionary of arrays.
+        overwrite: replace an existing checkpoint folder.
+
+    Raises:
+        InputError: `path` exists (and is not a checkpoint to be overwritten), or cannot be written.
+    """
+    path = Path(path).absolute()
+    check_output(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+                items = ocp.args.Composite(
+                    state=ocp.args.StandardSave({"params": parameters}), model=ocp.args.JsonSave(description.to_json())
+                )
+                writer.save(Path(temporary) / "new", args=items)
+            if path.exists():
+                path.rename(Path(temporary) / "old")
+            (Path(temporary) / "new").rename(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """Makes sure that `save_checkpoint` may write to `path`.
+
+    Raises:
+        InputError: it may not.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another output, or pass --overwrite to replace it")
+    if path.exists() and not _is_checkpoint(path):
+        raise InputError(f"{path} exists and is not a checkpoint: it is left as it is, choose another output")
+
+
+def _stored_trees(folder: Path) -> dict[str, Any]:
+    with ocp.PyTreeCheckpointer() as reader:
+        metadata = reader.metadata((folder / "state").absolute()).item_metadata
+    return getattr(metadata, "tree", metadata)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "state").is_dir() and (path / "model").is_dir()
+
+
+def _score(step: Path) -> float:
+    """The score that a training run saved with this checkpoint; minus infinity where it saved none."""
+    try:
+        return float(json.loads((step / "metrics" / "metrics").read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("-inf")

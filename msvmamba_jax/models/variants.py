@@ -1,0 +1,109 @@
+"""The table of variants and `create_model`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.backbone import BackboneConfig
+from msvmamba_jax.models.classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A named model.
+
+    Attributes:
+        backbone: its configuration, with the stochastic depth of its ImageNet recipe.
+        reported_top1: ImageNet-1k top-1 accuracy in per cent at 224 x 224 that the original's authors report, if any.
+    """
+
+    backbone: BackboneConfig
+    reported_top1: float | None = None
+
+
+VARIANTS: dict[str, Variant] = {
+    # arXiv:2405.14174, table 1.
+    "msvmamba_nano": Variant(BackboneConfig(width=48, depths=(1, 2, 5, 2), drop_path=0.2), 77.3),
+    "msvmamba_micro": Variant(BackboneConfig(width=64, depths=(1, 2, 5, 2), drop_path=0.2), 79.8),
+    "msvmamba_tiny": Variant(BackboneConfig(width=96, depths=(1, 2, 9, 2), drop_path=0.2), 82.8),
+    # The plain VMamba baselines (arXiv:2401.10166, first version).
+    "vssm_tiny": Variant(BackboneConfig(width=96, depths=(2, 2, 9, 2), mixer="cross_scan", states=16, drop_path=0.2)),
+    "vssm_small": Variant(BackboneConfig(width=96, depths=(2, 2, 27, 2), mixer="cross_scan", states=16, drop_path=0.3)),
+    "vssm_base": Variant(BackboneConfig(width=128, depths=(2, 2, 27, 2), mixer="cross_scan", states=16, drop_path=0.6)),
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` accepts."""
+    return list(VARIANTS)
+
+
+def backbone_config(
+    name: str,
+    *,
+    width: int | None = None,
+    depths: Sequence[int] | None = None,
+    states: int | None = None,
+    drop_path: float | None = None,
+) -> BackboneConfig:
+    """The configuration of variant `name`, with the options that are not None in place of its own.
+
+    Raises:
+        InputError: an unknown name, or options that make no model.
+    """
+    if name not in VARIANTS:
+        raise InputError(f"there is no model {name!r}; choose one of {', '.join(VARIANTS)}")
+    options = dict(width=width, depths=depths, states=states, drop_path=drop_path)
+    return dataclasses.replace(VARIANTS[name].backbone, **{k: v for k, v in options.items() if v is not None})
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    width: int | None = None,
+    depths: Sequence[int] | None = None,
+    states: int | None = None,
+    drop_path: float | None = None,
+    dtype: DTypeLike | Literal["float32", "bfloat16"] = jnp.float32,
+    remat: bool = False,
+    scan_implementation: str | None = None,
+    rngs: nnx.Rngs,
+) -> Classifier:
+    """Builds a model with freshly initialised parameters.
+
+    Args:
+        name: a variant, see `list_models`.
+        num_classes: outputs of the classifier.
+        width: channels of the first stage, instead of the variant's.
+        depths: blocks of the four stages, instead of the variant's.
+        states: states per channel, instead of the variant's.
+        drop_path: highest rate of stochastic depth, instead of the variant's ImageNet recipe. It acts only where keys
+            are passed to the model.
+        dtype: dtype of the computation (float32 or bfloat16); parameters are float32.
+        remat: recompute blocks in the backward pass: less memory, about a third more time.
+        scan_implementation: see `kernels.selective_scan.selective_scan_2d`.
+        rngs: keys, such as `nnx.Rngs(0)`.
+
+    Returns:
+        A Flax NNX module: `model(images)` gives logits, `model.features(images)` four maps.
+
+    Raises:
+        InputError: an unknown name, or options that make no model.
+    """
+    config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
+    return Classifier(
+        config,
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+        scan_implementation=scan_implementation,
+        rngs=rngs,
+    )

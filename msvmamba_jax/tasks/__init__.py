@@ -1,0 +1,1 @@
+"""What a training run is about: loss, predictions and metrics, behind one small protocol."""

@@ -1,0 +1,41 @@
+"""Train a model, or go on with a run.
+
+    python -m msvmamba_jax.train --config configs/digits.py --workdir runs/digits
+
+Run it again with the same --workdir to go on where it stopped. Any value of the configuration can be given on the command
+line, such as --config.batch_size=256 --config.optimizer.learning_rate=1e-3. The workdir gets metrics.jsonl, TensorBoard
+events, config.json and checkpoints; `evaluate` and `predict` take it as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from msvmamba_jax import command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _main() -> int | None:
+    from msvmamba_jax.data.pipeline import load_dataset
+    from msvmamba_jax.tasks.registry import make_task
+    from msvmamba_jax.training.loop import train
+
+    config = _CONFIG.value
+    dataset = load_dataset(config.data)
+    stopped_by = train(config, make_task(config, dataset), dataset, Path(_WORKDIR.value))
+    return None if stopped_by is None else 128 + stopped_by
+
+
+def main() -> None:
+    """The command."""
+    command.run_with_config(_main)
+
+
+if __name__ == "__main__":
+    main()

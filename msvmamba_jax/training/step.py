@@ -1,0 +1,104 @@
+"""The training state and the functions that are compiled: one training step, one evaluation step.
+
+The state is a plain dictionary: `step`, `params`, `ema` (the averaged weights) and `opt` (the optimiser's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from msvmamba_jax.models.parameters import Tree, bind, get_parameters
+from msvmamba_jax.tasks.base import Batch, Task
+
+State = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def initial_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step. Traceable."""
+    params = get_parameters(model)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt": optimizer.init(params),
+    }
+
+
+def train_step(
+    model: nnx.Module,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """A function (state, batch) -> (state, metrics); to be jitted.
+
+    Randomness is a function of the seed, the step and the example's place in the batch alone. With `accumulate` > 1 the
+    batch is worked through in that many parts; the update is the same as without, up to rounding.
+
+    Args:
+        model: the model, abstract or not; only its structure is used.
+        task: gives the loss.
+        optimizer: the update rule.
+        schedule: the learning rate, for the metrics.
+        seed: of the random keys.
+        ema_decay: decay of the averaged weights for each step.
+        accumulate: parts of a batch.
+    """
+
+    def gradient(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
+        def loss(params: Tree) -> tuple[jax.Array, Metrics]:
+            value, metrics = task.loss(bind(model, params), batch, keys)
+            return value, {"loss": value, **metrics}
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def accumulated(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
+        # Part j takes the rows j, j + accumulate, ...: each device goes on holding rows of its own.
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys)
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, batch, keys))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        params = state["params"]
+        step_key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        examples = jnp.arange(jax.tree.leaves(dict(batch))[0].shape[0])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, examples)
+        gradients, metrics = (accumulated if accumulate > 1 else gradient)(params, batch, keys)
+        updates, opt = optimizer.update(gradients, state["opt"], params)
+        params = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, state["ema"], params)
+        metrics = {
+            **metrics,
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state["step"])),
+        }
+        return {"step": state["step"] + 1, "params": params, "ema": ema, "opt": opt}, metrics
+
+    return step
+
+
+def predict_step(model: nnx.Module, task: Task) -> Callable[[Tree, Batch], dict[str, jax.Array]]:
+    """A function (params, batch) -> predictions; to be jitted."""
+
+    def step(params: Tree, batch: Batch) -> dict[str, jax.Array]:
+        return task.predict(bind(model, params), batch)
+
+    return step

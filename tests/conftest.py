@@ -1,0 +1,60 @@
+"""What all tests share: strict dtypes, four devices on any machine, and the outputs recorded from the original."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before the first use of a device
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # an accidental float32 in a bfloat16 model is an error
+
+
+class Parity:
+    """The folder `tests/parity`: arrays of the original implementation, and the weights they were recorded with."""
+
+    folder = Path(__file__).parent / "parity"
+
+    def __init__(self) -> None:
+        spec = importlib.util.spec_from_file_location("parity_weights", self.folder / "weights.py")
+        assert spec is not None
+        assert spec.loader is not None
+        self.weights = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.weights)
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / name) as file:
+            return dict(file)
+
+    def state_dict(self, name: str, seed: int = 0) -> dict[str, np.ndarray]:
+        """The whole state dict that the manifest in the JSON file `name` describes."""
+        return self.weights.state_dict(self.json(name)["manifest"], seed)
+
+    def images(self, tag: str, batch: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+        """The input of that recording, channels last."""
+        return self.weights.inputs(tag, (batch, 3, height, width), seed).transpose(0, 2, 3, 1)
+
+
+def relative_error(found: Any, reference: np.ndarray) -> float:
+    """L2 norm of the difference over that of the reference."""
+    found = np.asarray(found, np.float64)
+    assert found.shape == reference.shape, (found.shape, reference.shape)
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+@pytest.fixture(scope="session")
+def parity() -> Parity:
+    return Parity()
+
+
+@pytest.fixture(scope="session", name="relative_error")
+def relative_error_fixture() -> Any:
+    return relative_error
