@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,8 +30,6 @@ from msvmamba_jax.models.variants import create_model
 FORMAT = 1
 Weights = Literal["ema", "raw"]
 _TREES = {"ema": "ema", "raw": "params"}
-
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file at the level of information
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,14 +138,11 @@ def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[D
         name = _TREES[weights or ("ema" if "ema" in trees else "raw")]
         if name not in trees:
             raise InputError(f"it holds no {'averaged' if name == 'ema' else 'raw'} weights")
-        with ocp.PyTreeCheckpointer() as reader:
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[name])
-            restored = reader.restore(
-                (folder / "state").absolute(),
-                args=ocp.args.PyTreeRestore(
-                    item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True
-                ),
-            )
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[name])
+        wanted = ocp.args.PyTreeRestore(
+            item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True
+        )
+        restored = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=wanted)
     except InputError as error:
         raise InputError(f"cannot read the checkpoint {folder}: {error}") from error
     except Exception as error:  # Orbax and TensorStore raise many kinds for missing and damaged files
@@ -253,8 +247,7 @@ def check_output(path: str | Path, overwrite: bool) -> None:
 
 
 def _stored_trees(folder: Path) -> dict[str, Any]:
-    with ocp.PyTreeCheckpointer() as reader:
-        metadata = reader.metadata((folder / "state").absolute()).item_metadata
+    metadata = ocp.PyTreeCheckpointHandler().metadata((folder / "state").absolute())
     return getattr(metadata, "tree", metadata)
 
 

@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from msvmamba_jax.errors import InputError
 
@@ -17,6 +17,7 @@ def run(main: Callable[[], int | None]) -> int:
     Returns:
         The exit status: what `main` returns (None: 0), 1 after an error, 130 after Ctrl-C.
     """
+    logging.set_verbosity(logging.ERROR)  # Orbax and JAX report every file and every absent accelerator
     try:
         return main() or 0
     except InputError as error:

@@ -112,7 +112,7 @@ class _State(NamedTuple):
 
 def _u_and_step(inputs: ScanInputs) -> tuple[jax.Array, jax.Array]:
     """u and the step size delta, in the dtype of the state (float32; float64 for float64 inputs)."""
-    dtype = jnp.promote_types(inputs.u.dtype, jnp.float32)
+    dtype = jnp.float64 if inputs.u.dtype == jnp.float64 else jnp.float32
     return inputs.u.astype(dtype), jax.nn.softplus(_raw_step(inputs, dtype))
 
 

@@ -11,6 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+
+
+def accumulator_dtype(dtype: DTypeLike) -> DTypeLike:
+    """In which to sum values of `dtype`: float32, or float64 where it is in use."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -45,7 +51,7 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
     dx = _weighted_shifts(lax.pad(dy, jnp.zeros((), dy.dtype), spread), kernel[::-1, ::-1], 1, height, width)
 
     padded = _pad(x, kernel)
-    dy_sum = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
+    dy_sum = dy.astype(accumulator_dtype(dy.dtype))
 
     def kernel_row(i: jax.Array) -> jax.Array:
         row = lax.dynamic_slice_in_dim(padded, i, rows, axis=1)[:, ::stride]
@@ -66,7 +72,7 @@ def _pad(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _weighted_shifts(padded: jax.Array, kernel: jax.Array, stride: int, height: int, width: int) -> jax.Array:
-    dtype = jnp.promote_types(padded.dtype, jnp.float32)
+    dtype = accumulator_dtype(padded.dtype)
     rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
     total = jnp.zeros((), dtype)
     for i in range(kernel.shape[0]):

@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from msvmamba_jax.models.depthwise import depthwise_conv
+from msvmamba_jax.models.depthwise import accumulator_dtype, depthwise_conv
 
 linear_init = nnx.initializers.normal(0.02)
 
@@ -39,9 +39,31 @@ def pointwise_conv(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rng
     return nnx.Linear(inputs, outputs, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels with epsilon 1e-5; two-pass variance, which does not cancel for large means."""
-    return nnx.LayerNorm(features, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+class LayerNorm(nnx.Module):
+    """LayerNorm over channels with epsilon 1e-5; the variance takes two passes and does not cancel for large means.
+
+    Flax's own fails on bfloat16 under strict dtype promotion.
+    """
+
+    EPSILON = 1e-5
+
+    def __init__(self, features: int, *, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., c) -> the same shape."""
+        dtype = accumulator_dtype(x.dtype)
+        x = x.astype(dtype)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.EPSILON)
+        return (x * self.scale[...].astype(dtype) + self.bias[...].astype(dtype)).astype(self.dtype)
+
+
+def layer_norm(features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> LayerNorm:
+    """A LayerNorm; it needs no random keys, but takes them as the other layers do."""
+    return LayerNorm(features, dtype=dtype)
 
 
 class DepthwiseConv(nnx.Module):

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.kernels.selective_scan import Route, selective_scan_2d
+from msvmamba_jax.models.depthwise import accumulator_dtype
 from msvmamba_jax.models.layers import DepthwiseConv, layer_norm, linear, uniform_init
 from msvmamba_jax.models.resize import resize_bilinear
 
@@ -167,4 +168,4 @@ def _delta_bias(key: jax.Array, features: int) -> jax.Array:
 
 
 def _mean_over_positions(x: jax.Array) -> jax.Array:
-    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+    return jnp.mean(x, axis=(1, 2), dtype=accumulator_dtype(x.dtype)).astype(x.dtype)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from msvmamba_jax.convert.names import to_original, to_ours
+from msvmamba_jax.models.backbone import Block
 from msvmamba_jax.models.classifier import Classifier
 from msvmamba_jax.models.parameters import abstract_model, bind, check_fit, count, flatten, get_parameters, unflatten
 from msvmamba_jax.models.variants import VARIANTS, create_model
@@ -39,8 +40,9 @@ def mixer_of(variant: str) -> str:
     return VARIANTS[registered_name(variant)].backbone.mixer
 
 
+@functools.cache
 def abstract_classifier(variant: str, dtype: str = "float32") -> Classifier:
-    return abstract_model(lambda: create_model(registered_name(variant), dtype=dtype, rngs=nnx.Rngs(0)))
+    return abstract_model(lambda: create_model(registered_name(variant), dtype=dtype, drop_path=0.0, rngs=nnx.Rngs(0)))
 
 
 def original_weights(parity, variant: str) -> dict[str, np.ndarray]:
@@ -54,17 +56,39 @@ def classifier(parity, variant: str, dtype: str = "float32") -> Classifier:
     return bind(abstract_classifier(variant, dtype), unflatten(converted))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(x)
+
+
+def call(module: nnx.Module, x: jax.Array) -> jax.Array:
+    """The module's output, compiled once for all modules of its structure."""
+    return _call(*nnx.split(module), x)
+
+
 def intermediates(model: Classifier, images: jax.Array) -> dict[str, jax.Array]:
-    """Everything that the recordings hold, in one pass."""
+    """Everything that the recordings hold. Compiling a whole model takes long, but the blocks of a stage are alike."""
     backbone = model.backbone
-    x = backbone.patch_embedding(images)
-    block = backbone.stages[0].blocks[0]
-    found = {"patch_embed": x, "block0_mixer": block.mixer(block.norm(x)), "block0": block(x)}
+    x = call(backbone.patch_embedding, images)
+    first = backbone.stages[0].blocks[0]
+    found = {"patch_embed": x, "block0_mixer": call(first.mixer, call(first.norm, x))}
     for index, stage in enumerate(backbone.stages):
-        x = stage(backbone.downsamplings[index - 1](x) if index else x)
+        if index:
+            x = call(backbone.downsamplings[index - 1], x)
+        for block in stage.blocks:
+            forget_place(block)
+            x = call(block, x)
+            found.setdefault("block0", x)
         found[f"stage{index}"] = x
-    found["logits"] = model.head(model.norm(x).mean((1, 2)))
+    found["logits"] = call(model.head, call(model.norm, x).mean((1, 2), dtype=jnp.float32))
     return found
+
+
+def forget_place(block: Block) -> None:
+    """Leaves nothing in `block` that tells it from the others of its stage (its place is for random keys only)."""
+    block.mixer_drop_path.site = 0
+    if block.ffn is not None:
+        block.ffn_drop_path.site = 0
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +96,9 @@ def forward(parity):
     """A function from a recording's name to what our model computes for its input."""
 
     @functools.cache
-    def run(case: str) -> dict[str, np.ndarray]:
+    def run(case: str, dtype: str = "float32") -> dict[str, np.ndarray]:
         variant, *shape = CASES[case]
-        graph, state = nnx.split(classifier(parity, variant))
-        images = parity.images(case, *shape)
-        found = jax.jit(lambda state, images: intermediates(nnx.merge(graph, state), images))(state, images)
-        return jax.device_get(found)
+        return jax.device_get(intermediates(classifier(parity, variant, dtype), parity.images(case, *shape)))
 
     return run
 
@@ -117,20 +138,27 @@ def gradients(parity):
     labels = jnp.asarray([3, 7])
 
     def loss_and_logits(parameters, images):
-        logits = bind(model, parameters)(images)
+        logits = intermediates(bind(model, parameters), images)["logits"]
         targets = 0.9 * jax.nn.one_hot(labels, logits.shape[-1]) + 0.1 / logits.shape[-1]
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), logits
 
-    compute = jax.jit(jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True))
+    compute = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)
     (loss, logits), (parameters, images) = jax.device_get(compute(get_parameters(model), images))
     return loss, logits, images, to_original(dict(flatten(parameters)), "multi_scale")
 
 
-class TestGradients:
-    @pytest.fixture(scope="class")
-    def reference(self, parity):
-        return parity.arrays("classification/nano_grad_64x96.npz")
+@pytest.fixture(scope="module")
+def reference(parity):
+    return parity.arrays("classification/nano_grad_64x96.npz")
 
+
+def norm_as_recorded(x: np.ndarray) -> float:
+    """PyTorch's norm on the recording machine: float32 sums in eight lanes (up to 1e-4 off for the largest arrays)."""
+    squares = np.pad(np.square(x.reshape(-1)), (0, -x.size % 8)).reshape(-1, 8)
+    return float(np.sqrt(np.cumsum(squares, axis=0, dtype=np.float32)[-1].sum()))
+
+
+class TestGradients:
     def test_loss_and_logits(self, gradients, reference, relative_error):
         loss, logits, *_ = gradients
         assert abs(loss - reference["loss"]) < TOLERANCE * abs(reference["loss"])
@@ -148,7 +176,7 @@ class TestGradients:
 
     def test_first_elements_of_parameter_gradients(self, gradients, reference, relative_error, record_property):
         recorded = {name.removeprefix("grad:"): x for name, x in reference.items() if name.startswith("grad:")}
-        assert len(recorded) == 58
+        assert len(recorded) == 56
         errors = {name: relative_error(gradients[3][name].reshape(-1)[:64], x) for name, x in recorded.items()}
         worst = max(errors, key=errors.__getitem__)
         record_property("worst_error", f"{worst} {errors[worst]:.1e}")
@@ -157,7 +185,7 @@ class TestGradients:
 
     def test_norm_of_every_parameter_gradient(self, gradients, parity, record_property):
         norms = parity.json("classification/nano_grad_64x96_norms.json")
-        found = {name: float(np.linalg.norm(x.astype(np.float64))) for name, x in gradients[3].items()}
+        found = {name: norm_as_recorded(x) for name, x in gradients[3].items()}
         assert found.keys() == norms.keys()
         errors = {name: abs(found[name] - norm) / norm for name, norm in norms.items()}
         worst = max(errors, key=errors.__getitem__)
@@ -185,11 +213,9 @@ class TestWeights:
             assert back[name].tobytes() == tensor.tobytes(), name
 
 
-def test_bfloat16_stays_close_to_float32(forward, parity, relative_error, record_property):
+def test_bfloat16_stays_close_to_float32(forward, relative_error, record_property):
     """Compute in bfloat16 (8 bits of precision, float32 scan state): measured error of the logits 0.01."""
-    images = parity.images("nano_97x130", *CASES["nano_97x130"][1:])
-    logits = nnx.jit(Classifier.__call__)(classifier(parity, "nano", "bfloat16"), images)
-    error = relative_error(logits, forward("nano_97x130")["logits"])
+    error = relative_error(forward("nano_97x130", "bfloat16")["logits"], forward("nano_97x130")["logits"])
     record_property("error", f"{error:.1e}")
     print(f"bfloat16: error of the logits {error:.1e}")
     assert error < BFLOAT16_TOLERANCE

@@ -1,0 +1,75 @@
+"""Bilinear resizing against numbers worked out by hand and against `jax.image.resize`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvmamba_jax.models.resize import resize_bilinear
+
+SIZES = [1, 2, 3, 4, 5, 7, 8, 13, 14, 16]
+
+
+def row(values, width):
+    return resize_bilinear(jnp.asarray(values, jnp.float32).reshape(1, 1, -1, 1), 1, width).reshape(-1).tolist()
+
+
+def test_double_by_hand():
+    assert row([0, 4, 8], 6) == [0, 1, 3, 5, 7, 8]
+
+
+def test_odd_enlargement_by_hand():
+    """2 -> 3: centres of the new positions lie at -1/6, 1/2 and 7/6 of the old; the outer ones are cut to the edge."""
+    np.testing.assert_allclose(row([0, 6], 3), [0, 3, 6], atol=1e-6)
+    # 2 -> 5: centres at -0.3, 0.1, 0.5, 0.9, 1.3
+    np.testing.assert_allclose(row([0, 10], 5), [0, 1, 5, 9, 10], atol=1e-5)
+
+
+def test_reduction_by_hand():
+    """4 -> 2: centres at 0.5 and 2.5. 5 -> 2: centres at 0.75 and 3.25. No antialiasing."""
+    np.testing.assert_allclose(row([0, 2, 10, 20], 2), [1, 15], atol=1e-6)
+    np.testing.assert_allclose(row([0, 4, 100, 8, 12], 2), [3, 9], atol=1e-6)
+
+
+def test_one_value_spreads():
+    assert row([7], 5) == [7] * 5
+    assert row([7], 1) == [7]
+
+
+def test_rows_and_columns_by_hand():
+    x = jnp.asarray([[0.0, 4.0], [8.0, 12.0]]).reshape(1, 2, 2, 1)
+    expected = [[0, 1, 3, 4], [2, 3, 5, 6], [6, 7, 9, 10], [8, 9, 11, 12]]
+    np.testing.assert_allclose(resize_bilinear(x, 4, 4)[0, :, :, 0], expected)
+
+
+@pytest.mark.parametrize("height", SIZES)
+def test_against_jax(height):
+    rng = np.random.default_rng(height)
+    for width in SIZES:
+        x = jnp.asarray(rng.standard_normal((1, height, width, 2)), jnp.float32)
+        # what the model needs (half of a map, rounded up, back to the map) and any other pair of sizes
+        targets = {(2 * height, 2 * width), (2 * height - 1, 2 * width), (2 * height, 2 * width - 1), (width, height)}
+        for new_height, new_width in targets:
+            expected = jax.image.resize(x, (1, new_height, new_width, 2), "bilinear", antialias=False)
+            np.testing.assert_allclose(resize_bilinear(x, new_height, new_width), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 14), (7, 13), (3, 20)])
+def test_gradient(height, width):
+    """The transpose: <resize(x), dy> = <x, gradient>, and weights sum to one."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((1, h, w, 2)), jnp.float32) for h, w in ((4, 7), (height, width)))
+    y, pull_back = jax.vjp(lambda x: resize_bilinear(x, height, width), x)
+    np.testing.assert_allclose(jnp.vdot(y, dy), jnp.vdot(x, pull_back(dy)[0]), rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(pull_back(dy)[0]), jnp.sum(dy), rtol=1e-5)
+
+
+def test_keeps_bfloat16():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5, 4)), jnp.bfloat16)
+    for height, width in ((6, 10), (5, 9)):
+        y = resize_bilinear(x, height, width)
+        assert y.dtype == jnp.bfloat16
+        expected = resize_bilinear(x.astype(jnp.float32), height, width)
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.03)
