@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +51,14 @@ def convert_file(path: str | Path, weights: Weights | None = None) -> Conversion
     path = Path(path)
     file = read_state_file(path)
     state, chosen = _section(path, file, weights)
-    state = _with_current_names(path, state)
     try:
+        state = _with_current_names(state)
         model, mixer = _recognise(state)
-        flat, problems = to_ours(state, mixer)
         expected = get_parameters(abstract_model(lambda: create_model(**model, rngs=nnx.Rngs(0))))
-        try:
-            check_fit(_original_shapes(expected, mixer), {k: np.shape(v) for k, v in state.items()}, "the tensors")
-        except InputError as error:
-            raise InputError(str(error)) from None
-        if problems:
-            raise InputError("; ".join(problems))
-        parameters = unflatten({name: np.asarray(array, np.float32) for name, array in flat.items()})
+        _check(_original_shapes(expected, mixer), state)
+        flat, _ = to_ours(state, mixer)
+        parameters = unflatten(flat)
         check_fit(expected, parameters)
-        bad = [name for name, array in flatten(parameters) if not np.isfinite(array).all()]
-        if bad:
-            raise InputError(f"values that are not finite in {', '.join(bad)}")
     except InputError as error:
         raise InputError(f"cannot convert {path}: {error}") from error
     description = Description(
@@ -104,14 +96,31 @@ def _section(path: Path, file: StateFile, weights: Weights | None) -> tuple[Mapp
     return file.tensors_by_section[available[weights]], weights
 
 
-def _with_current_names(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    renamed: dict[str, np.ndarray] = {}
-    for old, tensor in state.items():
-        name = current_name(old)
-        if name in renamed:
-            raise InputError(f"cannot convert {path}: two tensors mean {name}")
-        renamed[name] = tensor
-    return renamed
+def _with_current_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state dict in float32, under the names of the current release."""
+    olds: dict[str, list[str]] = {}
+    for old in state:
+        olds.setdefault(current_name(old), []).append(old)
+    if twice := [" and ".join(names) for names in olds.values() if len(names) > 1]:
+        raise InputError(f"tensors that mean the same: {_listed(twice)}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is reported later
+        return {name: np.asarray(state[old], np.float32) for name, [old] in olds.items()}
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray]) -> None:
+    problems = []
+    try:
+        check_fit(dict(expected), dict(state), "the tensors")
+    except InputError as error:
+        problems.append(str(error))
+    if bad := [name for name, tensor in state.items() if not np.isfinite(tensor).all()]:
+        problems.append(f"values that are not finite in {_listed(bad)}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def _recognise(state: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str]:
@@ -125,7 +134,7 @@ def _recognise(state: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str]:
         raise InputError("it is no MSVMamba or VMamba model (no patch_embed.0.weight or no scan parameters A_logs)")
     if head is None or head.ndim != 2:
         raise InputError("it has no classifier (classifier.head.weight)")
-    blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in state]
+    blocks = [re.match(r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.", name) for name in state]
     depths = [0] * STAGES
     for match in filter(None, blocks):
         stage, block = map(int, match.groups())

@@ -25,11 +25,11 @@ from jax.typing import DTypeLike
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.parameters import Tree, abstract_model, bind
-from msvmamba_jax.models.variants import create_model
+from msvmamba_jax.models.variants import backbone_config, create_model
 
 FORMAT = 1
 Weights = Literal["ema", "raw"]
-_TREES = {"ema": "ema", "raw": "params"}
+_TREES: dict[Weights, str] = {"ema": "ema", "raw": "params"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ class Description:
             unknown = set(model) - {"name", "num_classes", "width", "depths", "states", "drop_path"}
             if unknown:
                 raise InputError(f"the checkpoint's model has unknown options: {', '.join(sorted(unknown))}")
+            backbone_config(**{name: value for name, value in model.items() if name != "num_classes"})
             return cls(
                 model=model,
                 task=values["task"],
@@ -162,7 +163,10 @@ def available_weights(path: str | Path) -> list[Weights]:
         trees = _stored_trees(folder)
     except Exception as error:
         raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete") from error
-    return [name for name in ("raw", "ema") if _TREES[name] in trees]  # type: ignore[misc]
+    found: list[Weights] = [name for name, tree in reversed(_TREES.items()) if tree in trees]
+    if not found:
+        raise InputError(f"cannot read the checkpoint {folder}: it holds no weights")
+    return found
 
 
 def load_model(
@@ -224,9 +228,7 @@ def save_checkpoint(path: str | Path, description: Description, parameters: Tree
                     state=ocp.args.StandardSave({"params": parameters}), model=ocp.args.JsonSave(description.to_json())
                 )
                 writer.save(Path(temporary) / "new", args=items)
-            if path.exists():
-                path.rename(Path(temporary) / "old")
-            (Path(temporary) / "new").rename(path)
+            _replace(path, Path(temporary) / "new", Path(temporary) / "old")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -239,11 +241,24 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     """
     path = Path(path)
     if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
+        return
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another output, or pass --overwrite to replace it")
     if path.exists() and not _is_checkpoint(path):
         raise InputError(f"{path} exists and is not a checkpoint: it is left as it is, choose another output")
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Moves `new` to `path`, and what was there to `old`; after a failure it is back."""
+    replaced = path.exists()
+    if replaced:
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if replaced:
+            old.rename(path)
+        raise
 
 
 def _stored_trees(folder: Path) -> dict[str, Any]:

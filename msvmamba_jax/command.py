@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -19,17 +23,22 @@ def run(main: Callable[[], int | None]) -> int:
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and JAX report every file and every absent accelerator
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()  # what cannot be written is to fail here, not when the interpreter ends
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        _discard_output()
     except Exception as error:
         message = _storage_problem(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
+        _discard_output()
     return 1
 
 
@@ -37,6 +46,9 @@ def run_with_config(main: Callable[[], int | None]) -> None:
     """Runs a command whose arguments are absl flags with an ml_collections configuration; does not return."""
 
     def parse(arguments: Sequence[str]) -> list[str]:
+        if "--help" in arguments:  # absl's own ends with status 1
+            app.usage(shorthelp=True, writeto_stdout=True)
+            sys.exit(0)
         try:
             rest = flags.FLAGS(arguments)
             if len(rest) > 1:
@@ -49,6 +61,26 @@ def run_with_config(main: Callable[[], int | None]) -> None:
             sys.exit(1)
 
     app.run(lambda _: sys.exit(run(main)), flags_parser=parse)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes a file for the person who asked for it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _discard_output() -> None:
+    """Sends what is left for standard output nowhere: the interpreter writes it when it ends, and would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _storage_problem(error: BaseException) -> str | None:

@@ -7,11 +7,9 @@ Prints the metrics of the raw and of the averaged weights, where there are both,
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -84,7 +82,7 @@ def _main() -> None:
         report["throughput"] = _throughput(predict, get_parameters(model), batch, config.batch_size)
     _print(report, size)
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+        command.write_json(_JSON.value, report)
 
 
 def _throughput(predict: Any, parameters: Any, batch: Any, batch_size: int) -> dict[str, Any]:

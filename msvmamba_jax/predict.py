@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ def _main() -> int:
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")
+    if arguments.output and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
+        raise InputError(f"--output {arguments.output} is a file: give a folder")
     paths = find_images(arguments.images)
     infer = inference_function(
         arguments.checkpoint, resize=False, weights=arguments.weights, dtype=arguments.dtype
@@ -82,9 +83,13 @@ def _main() -> int:
 
     if arguments.output and predictions:
         output = Path(arguments.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "predictions.json").write_text(json.dumps(predictions, indent=2) + "\n")
-        prediction_sheet(thumbnails, predictions[: len(thumbnails)]).save(output / "predictions.png")
+        sheet = prediction_sheet(thumbnails, predictions[: len(thumbnails)])
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            sheet.save(output / "predictions.png")
+        except OSError as error:
+            raise InputError(f"cannot write {output / 'predictions.png'}: {error.strerror or error}") from error
+        command.write_json(output / "predictions.json", predictions)
         print(f"wrote {output / 'predictions.json'} and {output / 'predictions.png'}")
     return 1 if unreadable else 0
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from msvmamba_jax import command
@@ -58,8 +57,7 @@ def _main() -> None:
         print(f"{row['model']:<16}{row['parameters']:>12,}{row['multiply_adds']:>18,}{top1:>8}  {features}")
     print("* ImageNet-1k accuracy in per cent at 224 x 224 as reported by the authors of MSVMamba, not measured here")
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"height": height, "width": width, "models": rows}, file, indent=2)
+        command.write_json(arguments.json, {"height": height, "width": width, "models": rows})
 
 
 if __name__ == "__main__":

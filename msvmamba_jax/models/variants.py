@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -102,8 +103,18 @@ def create_model(
     return Classifier(
         config,
         num_classes=num_classes,
-        dtype=jnp.dtype(dtype),
+        dtype=_compute_dtype(dtype),
         remat=remat,
         scan_implementation=scan_implementation,
         rngs=rngs,
     )
+
+
+def _compute_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise InputError(f"dtype must be float32 or bfloat16; got {dtype!r}")
+    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ from msvmamba_jax.models.depthwise import depthwise_conv
 SIZES = [(1, 1), (1, 9), (2, 3), (3, 2), (4, 4), (5, 8), (6, 7), (7, 6), (8, 5), (9, 9)]
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def grouped_conv(x, kernel, stride):
     edge = kernel.shape[0] // 2
     return lax.conv_general_dilated(
@@ -35,16 +32,23 @@ def arrays(h, w, k, stride, dtype="float32"):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
+def with_gradients(convolve, stride):
+    def run(x, kernel, dy):
+        y, pull_back = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)
+        return y, *pull_back(dy)
+
+    return run
+
+
 @pytest.mark.parametrize("k", [3, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("h", "w"), SIZES)
 def test_forward_and_gradients(h, w, stride, k):
-    x, kernel, dy = arrays(h, w, k, stride)
-    y, pull_back = jax.vjp(lambda x, kernel: depthwise_conv(x, kernel, stride), x, kernel)
-    expected, expected_pull_back = jax.vjp(lambda x, kernel: grouped_conv(x, kernel, stride), x, kernel)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    for found, reference in zip(jax.jit(pull_back)(dy), jax.jit(expected_pull_back)(dy), strict=True):
-        np.testing.assert_allclose(found, reference, atol=5e-5)
+    inputs = arrays(h, w, k, stride)
+    found = jax.jit(with_gradients(depthwise_conv, stride))(*inputs)
+    expected = jax.jit(with_gradients(grouped_conv, stride))(*inputs)
+    for name, x, reference in zip(("y", "dx", "dkernel"), found, expected, strict=True):
+        np.testing.assert_allclose(x, reference, atol=5e-5, err_msg=name)
 
 
 def test_by_hand():
@@ -56,16 +60,12 @@ def test_by_hand():
 
 
 def test_bfloat16_sums_in_float32():
-    x, kernel, dy = arrays(6, 7, 7, 2, "bfloat16")
-    y, pull_back = jax.vjp(lambda x, kernel: depthwise_conv(x, kernel, 2), x, kernel)
-    dx, dkernel = pull_back(dy)
-    assert {array.dtype.name for array in (y, dx, dkernel)} == {"bfloat16"}
-    exact, exact_pull_back = jax.vjp(
-        lambda x, kernel: grouped_conv(x, kernel, 2), x.astype(jnp.float32), kernel.astype(jnp.float32)
-    )
-    half_a_unit = 2.0**-8  # of rounding once to 8 bits
-    for found, reference in zip((y, dx, dkernel), (exact, *exact_pull_back(dy.astype(jnp.float32))), strict=True):
-        np.testing.assert_allclose(found.astype(jnp.float32), reference, rtol=half_a_unit, atol=1e-4)
+    inputs = arrays(6, 7, 7, 2, "bfloat16")
+    found = jax.jit(with_gradients(depthwise_conv, 2))(*inputs)
+    expected = jax.jit(with_gradients(grouped_conv, 2))(*(x.astype(jnp.float32) for x in inputs))
+    for x, reference in zip(found, expected, strict=True):
+        assert x.dtype == jnp.bfloat16
+        np.testing.assert_allclose(x.astype(jnp.float32), reference, rtol=2.0**-8, atol=1e-4)  # rounded once
 
 
 def test_vmap():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from msvmamba_jax.models.resize import resize_bilinear
 
@@ -44,16 +47,32 @@ def test_rows_and_columns_by_hand():
     np.testing.assert_allclose(resize_bilinear(x, 4, 4)[0, :, :, 0], expected)
 
 
-@pytest.mark.parametrize("height", SIZES)
-def test_against_jax(height):
-    rng = np.random.default_rng(height)
-    for width in SIZES:
-        x = jnp.asarray(rng.standard_normal((1, height, width, 2)), jnp.float32)
-        # what the model needs (half of a map, rounded up, back to the map) and any other pair of sizes
-        targets = {(2 * height, 2 * width), (2 * height - 1, 2 * width), (2 * height, 2 * width - 1), (width, height)}
-        for new_height, new_width in targets:
-            expected = jax.image.resize(x, (1, new_height, new_width, 2), "bilinear", antialias=False)
-            np.testing.assert_allclose(resize_bilinear(x, new_height, new_width), expected, atol=1e-5)
+def test_many_sizes_against_jax():
+    """What the model needs (half of a map, rounded up, back to the map) and any other sizes, rows and columns apart."""
+    rng = np.random.default_rng(0)
+    pairs = [(old, new) for old in SIZES for new in sorted({2 * old, 2 * old - 1, 1, 3, 5, 16})]
+    values = {old: jnp.asarray(rng.standard_normal((1, old, 2, 3)), jnp.float32) for old in SIZES}
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # many small loops
+    def resize_all(values):
+        rows = [resize_bilinear(values[old], new, 2) for old, new in pairs]
+        columns = [resize_bilinear(jnp.swapaxes(values[old], 1, 2), 2, new) for old, new in pairs]
+        expected = [
+            jax.image.resize(values[old], (1, new, 2, 3), "bilinear", antialias=False, precision=lax.Precision.HIGHEST)
+            for old, new in pairs
+        ]
+        return rows, columns, expected
+
+    for (old, new), rows, columns, expected in zip(pairs, *resize_all(values), strict=True):
+        np.testing.assert_allclose(rows, expected, atol=1e-5, err_msg=f"{old} rows to {new}")
+        np.testing.assert_allclose(columns.swapaxes(1, 2), expected, atol=1e-5, err_msg=f"{old} columns to {new}")
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 14), (7, 13), (7, 14), (3, 20)])
+def test_maps_against_jax(height, width):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 7, 3)), jnp.float32)
+    expected = jax.image.resize(x, (2, height, width, 3), "bilinear", antialias=False)
+    np.testing.assert_allclose(resize_bilinear(x, height, width), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 14), (7, 13), (3, 20)])

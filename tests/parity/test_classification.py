@@ -214,7 +214,7 @@ class TestWeights:
 
 
 def test_bfloat16_stays_close_to_float32(forward, relative_error, record_property):
-    """Compute in bfloat16 (8 bits of precision, float32 scan state): measured error of the logits 0.01."""
+    """Compute in bfloat16 (8 bits of precision, float32 scan state): measured error of the logits 0.027."""
     error = relative_error(forward("nano_97x130", "bfloat16")["logits"], forward("nano_97x130")["logits"])
     record_property("error", f"{error:.1e}")
     print(f"bfloat16: error of the logits {error:.1e}")

@@ -1,0 +1,113 @@
+"""One training step: accumulation, devices, randomness, averaged weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.models.parameters import abstract_model
+from msvmamba_jax.tasks.classification import Classification, ClassificationEvaluator
+from msvmamba_jax.training.step import initial_state, train_step
+
+BATCH = 8
+
+
+class Tiny(nnx.Module):
+    """A model that uses its keys, and compiles in no time."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, images, keys=None):
+        x = jnp.mean(images, axis=(1, 2))
+        if keys is not None:
+            x = x * jax.vmap(lambda key: jax.random.bernoulli(key, 0.5))(keys)[:, None].astype(x.dtype)
+        return self.linear(x)
+
+
+@pytest.fixture
+def task():
+    description = Description(
+        model={"name": "msvmamba_nano", "num_classes": 4}, class_names=tuple("abcd"), preprocessing=Preprocessing()
+    )
+    return Classification(description=description, label_smoothing=0.1)
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (BATCH, 4, 4, 3), dtype=np.uint8)
+    return {"image": images, "label": rng.integers(0, 4, BATCH).astype(np.int32)}
+
+
+def run(task, batch, *, steps=3, accumulate=1, jit=jax.jit, seed=0):
+    optimizer = optax.sgd(0.5)
+    step = train_step(
+        abstract_model(lambda: Tiny(nnx.Rngs(0))), task, optimizer, lambda _: 0.5,
+        seed=seed, ema_decay=0.75, accumulate=accumulate,
+    )  # fmt: skip
+    step = jit(step)
+    state = initial_state(Tiny(nnx.Rngs(0)), optimizer)
+    history = []
+    for _ in range(steps):
+        state, metrics = jax.block_until_ready(step(state, batch))
+        history.append((state, metrics))
+    return history
+
+
+def assert_same(a, b, rtol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_accumulated_update_equals_the_large_batch(task, batch, accumulate):
+    state, metrics = run(task, batch)[-1]
+    accumulated, accumulated_metrics = run(task, batch, accumulate=accumulate)[-1]
+    assert_same(state, accumulated)
+    assert_same(metrics, accumulated_metrics)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_four_devices_equal_one(task, batch, accumulate):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
+    jit = lambda step: jax.jit(step, in_shardings=shardings, out_shardings=(shardings[0], None))  # noqa: E731
+    assert_same(run(task, batch)[-1], run(task, batch, jit=jit, accumulate=accumulate)[-1])
+
+
+def test_averaged_weights(task, batch):
+    (first, _), (second, _), _ = run(task, batch)
+    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, first["ema"], second["params"])
+    assert_same(second["ema"], expected)
+
+
+def test_randomness_depends_on_seed_and_step(task, batch):
+    losses = [float(metrics["loss"]) for _, metrics in run(task, batch)]
+    assert losses == [float(metrics["loss"]) for _, metrics in run(task, batch)]
+    assert losses != [float(metrics["loss"]) for _, metrics in run(task, batch, seed=1)]
+
+
+def test_loss_is_the_smoothed_cross_entropy(task, batch):
+    model = Tiny(nnx.Rngs(0))
+    loss, metrics = task.loss(model, {k: jnp.asarray(v) for k, v in batch.items()}, None)
+    x = (batch["image"] / 255.0 - np.array(Preprocessing().mean)) / np.array(Preprocessing().std)
+    logits = x.mean((1, 2)) @ np.asarray(model.linear.kernel[...]) + np.asarray(model.linear.bias[...])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    targets = 0.9 * np.eye(4)[batch["label"]] + 0.1 / 4
+    np.testing.assert_allclose(loss, -(targets * log_p).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy_top1"], (logits.argmax(-1) == batch["label"]).mean())
+
+
+def test_evaluator_counts_masked_rows_nowhere():
+    evaluator = ClassificationEvaluator()
+    top = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 1, 2]])
+    batch = {"label": np.array([0, 0, 1, 0]), "mask": np.array([True, True, True, False])}
+    evaluator.update({"top": top, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, batch)
+    evaluator.update({"top": top[:1], "loss": np.array([6.0])}, {"label": np.array([9]), "mask": np.array([True])})
+    assert evaluator.result() == {"accuracy_top1": 0.25, "accuracy_top5": 0.75, "loss": 3.0, "images": 4}
