@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             "scan_implementation": "",  # of the selective scan; empty: the best that runs here
             "batch_size": 64,  # over all devices
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "epochs": 30,
+            "epochs": 12,
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
                 "learning_rate": 2e-3,
                 "warmup_start": 1e-5,
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "label_smoothing": 0.1,
             "ema_decay": 0.98,  # of the averaged weights, for each step
             "log_every": 20,  # steps
-            "evaluate_every": 220,
-            "save_every": 220,
+            "evaluate_every": 88,
+            "save_every": 88,
         }
     )

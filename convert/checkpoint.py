@@ -56,7 +56,7 @@ def convert_file(path: str | Path, weights: Weights | None = None) -> Conversion
         model, mixer = _recognise(state)
         expected = get_parameters(abstract_model(lambda: create_model(**model, rngs=nnx.Rngs(0))))
         _check(_original_shapes(expected, mixer), state)
-        flat, _ = to_ours(state, mixer)
+        flat = to_ours(state, mixer)
         parameters = unflatten(flat)
         check_fit(expected, parameters)
     except InputError as error:

@@ -133,28 +133,23 @@ def current_name(name: str) -> str:
     return name
 
 
-def to_ours(state: Mapping[str, np.ndarray], mixer: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The original's state dict (current names) as ours, by dotted name, and a sentence for each unused tensor."""
+def to_ours(state: Mapping[str, np.ndarray], mixer: str) -> dict[str, np.ndarray]:
+    """The original's state dict (current names) as ours, by dotted name.
+
+    Raises:
+        KeyError: a tensor that is in no rule.
+        einops.EinopsError: a tensor of another rank.
+    """
     table = rules(mixer)
     converted: dict[str, np.ndarray] = {}
-    problems: list[str] = []
     for name, tensor in state.items():
         matches = [(match, ours, layout) for pattern, ours, layout in table if (match := pattern.fullmatch(name))]
-        if not matches:
-            problems.append(f"{name} is unknown")
-            continue
+        if len(matches) != 1:
+            raise KeyError(f"{len(matches)} rules fit the tensor {name}")
         [(match, ours, layout)] = matches
-        try:
-            parts = layout.split(tensor, len(ours))
-        except Exception as error:
-            # einops raises its own error class for a shape that a pattern does not take
-            problems.append(
-                f"{name} has shape {tensor.shape}, which is not what such a tensor has ({type(error).__name__})"
-            )
-            continue
-        for template, part in zip(ours, parts, strict=True):
+        for template, part in zip(ours, layout.split(tensor, len(ours)), strict=True):
             converted[template.format(**match.groupdict())] = part
-    return converted, problems
+    return converted
 
 
 def to_original(parameters: Mapping[str, np.ndarray], mixer: str) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from msvmamba_jax.models.parameters import Tree, abstract_model, bind
 from msvmamba_jax.models.variants import backbone_config, create_model
 
 FORMAT = 1
+MODEL_OPTIONS = ("width", "depths", "states", "drop_path")  # those of `create_model` that a checkpoint remembers
 Weights = Literal["ema", "raw"]
 _TREES: dict[Weights, str] = {"ema": "ema", "raw": "params"}
 
@@ -81,8 +82,8 @@ class Description:
                 raise InputError("the checkpoint was written by a newer version of msvmamba_jax: upgrade to read it")
             if values["task"] != "classification":
                 raise InputError(f"the checkpoint is for the task {values['task']!r}, which this version does not know")
-            model = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
-            unknown = set(model) - {"name", "num_classes", "width", "depths", "states", "drop_path"}
+            model: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+            unknown = set(model) - {"name", "num_classes", *MODEL_OPTIONS}
             if unknown:
                 raise InputError(f"the checkpoint's model has unknown options: {', '.join(sorted(unknown))}")
             backbone_config(**{name: value for name, value in model.items() if name != "num_classes"})

@@ -18,11 +18,13 @@ from ml_collections import config_flags
 from msvmamba_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: gives the data.", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint folder, or the workdir of a run.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A checkpoint folder, or the workdir of a run.", required=True
+)
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["raw", "ema"], "Evaluate only these; by default all there are.")
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
-flags.mark_flags_as_required(["config", "checkpoint"])
+flags.mark_flag_as_required("config")
 
 _TIMED_BATCHES = 10
 
@@ -47,7 +49,8 @@ def _main() -> None:
     layout = make_layout(config.batch_size)
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
-    for weights in [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder):
+    wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
+    for weights in wanted:
         description, parameters = load_checkpoint(folder, weights)
         if len(description.class_names) != len(dataset.class_names):
             raise InputError(

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from msvmamba_jax.checkpoint import Weights, build_model, load_checkpoint
 from msvmamba_jax.data.preprocessing import Preprocessing
@@ -39,9 +39,9 @@ class InferenceFunction:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
 
-    def __call__(self, images: jax.Array) -> Predictions:
+    def __call__(self, images: ArrayLike) -> Predictions:
         """As `apply`, with the checkpoint's weights."""
-        return self.apply(self.parameters, images)
+        return self.apply(self.parameters, jnp.asarray(images))
 
 
 def inference_function(

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from typing import Any
 
 from msvmamba_jax import command
 
@@ -36,10 +38,10 @@ def _main() -> None:
     if min(height, width) < 4:
         raise InputError(f"--size must be at least 4 pixels; got {arguments.size!r}")
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, variant in VARIANTS.items():
         config = variant.backbone
-        parameters = get_parameters(abstract_model(lambda name=name: create_model(name, rngs=nnx.Rngs(0))))
+        parameters = get_parameters(abstract_model(functools.partial(create_model, name, rngs=nnx.Rngs(0))))
         maps = [[h, w, c] for (h, w), c in zip(stage_sizes(height, width), config.widths, strict=True)]
         rows.append(
             {

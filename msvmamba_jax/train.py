@@ -17,8 +17,8 @@ from ml_collections import config_flags
 from msvmamba_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def _main() -> int | None:

@@ -142,18 +142,11 @@ def _checked(
     D = jnp.zeros(channels, A.dtype) if D is None else D
     delta_bias = jnp.zeros(channels, A.dtype) if delta_bias is None else delta_bias
     inputs = ScanInputs(u, delta, A, B, C, D, delta_bias)
-    expected = ScanInputs(
-        u=u.shape,
-        delta=u.shape,
-        A=(channels, states),
-        B=(*positions, states),
-        C=(*positions, states),
-        D=(channels,),
-        delta_bias=(channels,),
-    )
-    for name, array, shape in zip(ScanInputs._fields, inputs, expected, strict=True):
-        if array.shape != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)} to fit u {u.shape}; got {array.shape}")
+    of_states, of_channels = (*positions, states), (channels,)
+    shapes = (u.shape, u.shape, (channels, states), of_states, of_states, of_channels, of_channels)
+    for name, array, shape in zip(ScanInputs._fields, inputs, shapes, strict=True):
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit u {u.shape}; got {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be a floating-point array; got {array.dtype}")
     return inputs

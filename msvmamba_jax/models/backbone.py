@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.layers import DepthwiseConv, Downsampling, DropPath, PatchEmbedding, layer_norm, pointwise_conv
+from msvmamba_jax.models.layers import DepthwiseConv, Downsampling, DropPath, LayerNorm, PatchEmbedding, pointwise_conv
 from msvmamba_jax.models.mixers import CrossScanMixer, MultiScaleMixer
 
 STAGES = 4
@@ -85,7 +85,7 @@ class Block(nnx.Module):
     ):
         rate = float(np.linspace(0.0, config.drop_path, sum(config.depths))[index])
         mixer = MultiScaleMixer if config.mixer == "multi_scale" else CrossScanMixer
-        self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(features, dtype=dtype)
         self.mixer = mixer(
             features, states=config.states, dtype=dtype, scan_implementation=scan_implementation, rngs=rngs
         )
@@ -93,7 +93,7 @@ class Block(nnx.Module):
         if config.mixer == "cross_scan":
             self.ffn = None
         else:
-            self.ffn_norm = layer_norm(features, dtype=dtype, rngs=rngs)
+            self.ffn_norm = LayerNorm(features, dtype=dtype)
             self.ffn = ConvFFN(features, dtype=dtype, rngs=rngs)
             self.ffn_drop_path = DropPath(rate, 2 * index + 1)
 

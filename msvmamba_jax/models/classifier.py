@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import Backbone, BackboneConfig
-from msvmamba_jax.models.layers import layer_norm, linear
+from msvmamba_jax.models.layers import LayerNorm, linear
 
 
 class Classifier(nnx.Module):
@@ -31,7 +31,7 @@ class Classifier(nnx.Module):
         self.backbone = Backbone(
             config, dtype=dtype, remat=remat, scan_implementation=scan_implementation, rngs=rngs
         )
-        self.norm = layer_norm(config.widths[-1], dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(config.widths[-1], dtype=dtype)
         self.head = linear(config.widths[-1], num_classes, bias=True, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:

@@ -61,11 +61,6 @@ class LayerNorm(nnx.Module):
         return (x * self.scale[...].astype(dtype) + self.bias[...].astype(dtype)).astype(self.dtype)
 
 
-def layer_norm(features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> LayerNorm:
-    """A LayerNorm; it needs no random keys, but takes them as the other layers do."""
-    return LayerNorm(features, dtype=dtype)
-
-
 class DepthwiseConv(nnx.Module):
     """Depthwise k x k convolution with bias; `kernel` (k, k, d), `bias` (d,)."""
 
@@ -89,7 +84,7 @@ class PatchEmbedding(nnx.Module):
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.projection = pointwise_conv(self.SIZE * self.SIZE * 3, features, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(features, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(features, dtype=dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """(b, height, width, 3) -> (b, height // 4, width // 4, c).
@@ -115,7 +110,7 @@ class Downsampling(nnx.Module):
     """Merges 2 x 2 neighbours: (b, h, w, c) -> (b, ceil(h / 2), ceil(w / 2), 2 c)."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = layer_norm(4 * features, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(4 * features, dtype=dtype)
         self.reduction = linear(4 * features, 2 * features, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

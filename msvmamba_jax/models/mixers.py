@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.kernels.selective_scan import Route, selective_scan_2d
 from msvmamba_jax.models.depthwise import accumulator_dtype
-from msvmamba_jax.models.layers import DepthwiseConv, layer_norm, linear, uniform_init
+from msvmamba_jax.models.layers import DepthwiseConv, LayerNorm, linear, uniform_init
 from msvmamba_jax.models.resize import resize_bilinear
 
 FULL_ROUTES: tuple[Route, ...] = ("row",)
@@ -98,7 +99,7 @@ class MultiScaleMixer(nnx.Module):
         self, features: int, *, states: int, dtype: DTypeLike, scan_implementation: str | None, rngs: nnx.Rngs
     ):
         inner = 2 * features
-        ssm = dict(
+        ssm: dict[str, Any] = dict(
             states=states,
             rank=delta_rank(features),
             dtype=dtype,
@@ -110,7 +111,7 @@ class MultiScaleMixer(nnx.Module):
         self.half_conv = DepthwiseConv(inner, 7, stride=2, dtype=dtype, rngs=rngs)
         self.full_ssm = SelectiveSSM(inner, routes=FULL_ROUTES, **ssm)
         self.half_ssm = SelectiveSSM(inner, routes=HALF_ROUTES, **ssm)
-        self.out_norm = layer_norm(inner, dtype=dtype, rngs=rngs)
+        self.out_norm = LayerNorm(inner, dtype=dtype)
         self.squeeze_excitation = SqueezeExcitation(inner, dtype=dtype, rngs=rngs)
         self.out_projection = linear(inner, features, bias=False, dtype=dtype, rngs=rngs)
 
@@ -148,7 +149,7 @@ class CrossScanMixer(nnx.Module):
             )
             for route in CROSS_ROUTES
         )
-        self.out_norm = layer_norm(inner, dtype=dtype, rngs=rngs)
+        self.out_norm = LayerNorm(inner, dtype=dtype)
         self.out_projection = linear(inner, features, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -35,11 +35,11 @@ def bind(model: Model, parameters: Tree) -> Model:
     Raises:
         InputError: names or shapes differ from the model's; the sentence lists what does not fit.
     """
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, *rest = nnx.split(model, nnx.Param, ...)
     check_fit(_with_string_keys(nnx.to_pure_dict(state)), parameters)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, nnx.restore_int_paths(parameters))
-    return nnx.merge(graph, state, rest, copy=True)
+    return nnx.merge(graph, state, *rest, copy=True)
 
 
 def check_fit(expected: Tree, found: Tree, what: str = "the weights") -> None:

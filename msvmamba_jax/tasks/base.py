@@ -25,15 +25,15 @@ class Evaluator(Protocol):
 
 
 class Task(Protocol):
-    """What the loop knows of a task.
+    """What the loop knows of a task."""
 
-    Attributes:
-        description: the model and everything a checkpoint says of it.
-        score: the metric (of `Evaluator.result`) by which the best checkpoint is chosen; higher is better.
-    """
+    @property
+    def description(self) -> Description:
+        """The model and everything that a checkpoint says of it."""
 
-    description: Description
-    score: str
+    @property
+    def score(self) -> str:
+        """The metric (of `Evaluator.result`) by which the best checkpoint is chosen; higher is better."""
 
     def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss of a training batch and scalar metrics, traced. `keys` (b,): a random key for each example."""

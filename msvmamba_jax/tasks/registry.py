@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.checkpoint import MODEL_OPTIONS, Description
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.variants import create_model
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
 
@@ -21,7 +20,7 @@ def make_task(config: Any, dataset: Dataset) -> Task:
     if config.task != "classification":
         raise InputError(f"unknown config.task {config.task!r}; there is 'classification'")
     options = {key: value for key, value in config.model.to_dict().items() if value is not None}
-    known = set(create_model.__kwdefaults__) - {"num_classes", "dtype", "remat", "scan_implementation"} | {"name"}
+    known = {"name", *MODEL_OPTIONS}
     if unknown := sorted(set(options) - known):
         raise InputError(f"unknown option of config.model: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     description = Description(

@@ -25,9 +25,9 @@ def cosine_schedule(
     """
     if not 0 <= warmup_steps < total_steps:
         raise InputError(f"warmup_steps must be in 0..{total_steps - 1} (fewer than the {total_steps} steps in all)")
-    for name, rate in (("peak", peak), ("warmup_start", warmup_start), ("minimum", minimum)):
-        if not (math.isfinite(rate) and rate >= 0):
-            raise InputError(f"the {name} learning rate must be a number of at least 0; got {rate}")
+    for name, value in (("peak", peak), ("warmup_start", warmup_start), ("minimum", minimum)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"the {name} learning rate must be a number of at least 0; got {value}")
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

@@ -51,23 +51,26 @@ def original_weights(parity, variant: str) -> dict[str, np.ndarray]:
 
 def classifier(parity, variant: str, dtype: str = "float32") -> Classifier:
     """A classifier with the weights that the recordings were made with."""
-    converted, problems = to_ours(original_weights(parity, variant), mixer_of(variant))
-    assert not problems
+    converted = to_ours(original_weights(parity, variant), mixer_of(variant))
     return bind(abstract_classifier(variant, dtype), unflatten(converted))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _call(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
     return nnx.merge(graph, state)(x)
 
 
+# Blocks of a stage are alike, so compile modules, not models; optimised code would take longer to make than it saves.
+HASTY = {"xla_backend_optimization_level": 0}
+_hasty_call = jax.jit(_call, static_argnums=0, compiler_options=HASTY)
+
+
 def call(module: nnx.Module, x: jax.Array) -> jax.Array:
     """The module's output, compiled once for all modules of its structure."""
-    return _call(*nnx.split(module), x)
+    return _hasty_call(*nnx.split(module), x)
 
 
 def intermediates(model: Classifier, images: jax.Array) -> dict[str, jax.Array]:
-    """Everything that the recordings hold. Compiling a whole model takes long, but the blocks of a stage are alike."""
+    """Everything that the recordings hold."""
     backbone = model.backbone
     x = call(backbone.patch_embedding, images)
     first = backbone.stages[0].blocks[0]
@@ -138,11 +141,11 @@ def gradients(parity):
     labels = jnp.asarray([3, 7])
 
     def loss_and_logits(parameters, images):
-        logits = intermediates(bind(model, parameters), images)["logits"]
+        logits = bind(model, parameters)(images)
         targets = 0.9 * jax.nn.one_hot(labels, logits.shape[-1]) + 0.1 / logits.shape[-1]
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), logits
 
-    compute = jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True)
+    compute = jax.jit(jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True), compiler_options=HASTY)
     (loss, logits), (parameters, images) = jax.device_get(compute(get_parameters(model), images))
     return loss, logits, images, to_original(dict(flatten(parameters)), "multi_scale")
 
@@ -203,8 +206,7 @@ class TestWeights:
     @pytest.mark.parametrize("variant", ["nano", "micro", "tiny", "vssm_tiny"])
     def test_round_trip_is_exact(self, parity, variant):
         original = original_weights(parity, variant)
-        ours, problems = to_ours(original, mixer_of(variant))
-        assert not problems
+        ours = to_ours(original, mixer_of(variant))
         check_fit(get_parameters(abstract_classifier(variant)), unflatten(ours))
         back = to_original(ours, mixer_of(variant))
         assert back.keys() == original.keys()
