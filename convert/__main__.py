@@ -32,9 +32,7 @@ def _main() -> None:
     from msvmamba_jax.convert.checkpoint import convert
     from msvmamba_jax.models.parameters import count
 
-    conversion = convert(
-        arguments.file, arguments.output, weights=arguments.weights, overwrite=arguments.overwrite
-    )
+    conversion = convert(arguments.file, arguments.output, weights=arguments.weights, overwrite=arguments.overwrite)
     description = conversion.description
     kind = "averaged" if conversion.weights == "ema" else "raw"
     options = ", ".join(f"{k} {v}" for k, v in description.model.items() if k != "name")

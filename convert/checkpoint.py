@@ -1,4 +1,4 @@
-"""From a released file to a checkpoint of this package: recognise the model, rename every tensor, use each exactly once."""
+"""From a released file to a checkpoint: recognise the model, rename every tensor, use each exactly once."""
 
 from __future__ import annotations
 

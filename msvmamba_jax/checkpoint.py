@@ -1,15 +1,14 @@
 """Checkpoints that explain themselves: what is in one, how to write one, and `load_model`.
 
 A checkpoint folder holds two Orbax items: `state` (at least `params`, the weights; a training run adds `ema`, the
-averaged weights, and what it needs to go on) and `model`, a small JSON that says how to build the model, what its classes
-are called and how images are prepared for it.
+averaged weights, and what it needs to go on) and `model`, a small JSON that says how to build the model, what its
+classes are called and how images are prepared for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,9 +140,7 @@ def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[D
         if name not in trees:
             raise InputError(f"it holds no {'averaged' if name == 'ema' else 'raw'} weights")
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[name])
-        wanted = ocp.args.PyTreeRestore(
-            item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True
-        )
+        wanted = ocp.args.PyTreeRestore(item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True)
         restored = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=wanted)
     except InputError as error:
         raise InputError(f"cannot read the checkpoint {folder}: {error}") from error

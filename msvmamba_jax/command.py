@@ -53,14 +53,24 @@ def run_with_config(main: Callable[[], int | None]) -> None:
             rest = flags.FLAGS(arguments)
             if len(rest) > 1:
                 raise InputError(f"unexpected argument {rest[1]!r}; options start with --")
+            flags.FLAGS.config.keys()  # that a file is missing shows only when it is used
             return rest
         except (InputError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # a configuration file that is missing or broken, an unknown key, or a value of another type
-            text = " ".join(str(error.args[0] if error.args else error).split())
-            print(f"error: {text} (--help lists the options)", file=sys.stderr)
+            print(f"error: {_flag_problem(error)} (--help lists the options)", file=sys.stderr)
             sys.exit(1)
 
     app.run(lambda _: sys.exit(run(main)), flags_parser=parse)
+
+
+def _flag_problem(error: Exception) -> str:
+    reason = error.args[0] if error.args else error
+    if isinstance(reason, KeyError):  # how ml_collections tells of an unknown key, with a suggestion on a second line
+        return f"the configuration has no key {'. '.join(str(reason.args[0]).splitlines())}"
+    if isinstance(error, OSError):  # its last line has the system's reason
+        last = str(error).splitlines()[-1].rpartition("failure to load: ")[2]
+        return f"cannot load the configuration: {last.strip()}"
+    return " ".join(str(reason).split())
 
 
 def write_json(path: str | Path, values: Any) -> None:

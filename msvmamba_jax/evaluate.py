@@ -18,9 +18,7 @@ from ml_collections import config_flags
 from msvmamba_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: gives the data.", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A checkpoint folder, or the workdir of a run.", required=True
-)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint folder, or the workdir of a run.", required=True)
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["raw", "ema"], "Evaluate only these; by default all there are.")
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
@@ -66,9 +64,7 @@ def _main() -> None:
         size = description.preprocessing.size
         report["model"] = description.model["name"]
         report["parameters"] = count(get_parameters(model))
-        report["multiply_adds"] = classifier_flops(
-            model.backbone.config, model.num_classes, size, size
-        ).total
+        report["multiply_adds"] = classifier_flops(model.backbone.config, model.num_classes, size, size).total
         batches = tqdm.tqdm(
             evaluation_batches(dataset, batch_size=config.batch_size),
             total=evaluation_steps(dataset, batch_size=config.batch_size),

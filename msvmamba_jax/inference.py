@@ -67,7 +67,7 @@ def inference_function(
         scan_implementation: see `create_model`.
 
     Raises:
-        InputError: there is no checkpoint, or it cannot be read.
+        InputError: there is no checkpoint, or it cannot be read. The function raises it for arrays that are no images.
     """
     description, parameters = load_checkpoint(checkpoint, weights)
     model = build_model(description, parameters, dtype=dtype, scan_implementation=scan_implementation)
@@ -76,6 +76,7 @@ def inference_function(
 
     @jax.jit
     def apply(parameters: Tree, images: jax.Array) -> Predictions:
+        _check(images)
         if resize:
             images = resize_and_crop(images, preprocessing)
         logits = bind(abstract, parameters)(normalise(images, preprocessing))
@@ -85,6 +86,13 @@ def inference_function(
         }
 
     return InferenceFunction(apply, get_parameters(model), description.class_names, preprocessing)
+
+
+def _check(images: jax.Array) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise InputError(f"images must have the shape (batch, height, width, 3); got {images.shape}")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images must be uint8 or floating point in 0..1; got {images.dtype}")
 
 
 def normalise(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:

@@ -1,6 +1,6 @@
 """Classify images.
 
-    python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
+python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def _main() -> int:
     if arguments.output and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
         raise InputError(f"--output {arguments.output} is a file: give a folder")
     paths = find_images(arguments.images)
-    infer = inference_function(
-        arguments.checkpoint, resize=False, weights=arguments.weights, dtype=arguments.dtype
-    )
+    infer = inference_function(arguments.checkpoint, resize=False, weights=arguments.weights, dtype=arguments.dtype)
     top = min(arguments.top, len(infer.class_names))
 
     predictions: list[dict[str, Any]] = []
@@ -72,9 +70,7 @@ def _main() -> int:
         probabilities = np.asarray(infer(batch)["probabilities"])[: len(crops)]
         for path, row in zip(read, probabilities, strict=True):
             labels = np.argsort(-row, kind="stable")[:top]
-            classes = [
-                {"label": int(i), "name": infer.class_names[i], "probability": float(row[i])} for i in labels
-            ]
+            classes = [{"label": int(i), "name": infer.class_names[i], "probability": float(row[i])} for i in labels]
             predictions.append({"file": str(path), "classes": classes})
             line = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in classes)
             tqdm.tqdm.write(f"{path}: {line}")

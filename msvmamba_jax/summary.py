@@ -1,6 +1,6 @@
 """A table of all models.
 
-    python -m msvmamba_jax.summary --size 512x2048
+python -m msvmamba_jax.summary --size 512x2048
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
     python -m msvmamba_jax.train --config configs/digits.py --workdir runs/digits
 
-Run it again with the same --workdir to go on where it stopped. Any value of the configuration can be given on the command
-line, such as --config.batch_size=256 --config.optimizer.learning_rate=1e-3. The workdir gets metrics.jsonl, TensorBoard
-events, config.json and checkpoints; `evaluate` and `predict` take it as it is.
+Run it again with the same --workdir to go on where it stopped. Any value of the configuration can be given on the
+command line, such as --config.batch_size=256 --config.optimizer.learning_rate=1e-3. The workdir gets metrics.jsonl,
+TensorBoard events, config.json and checkpoints; `evaluate` and `predict` take it as it is.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from msvmamba_jax import command

@@ -1,6 +1,6 @@
 """Time the depthwise convolution beside XLA's grouped convolution, on this machine, in one run.
 
-    python scripts/benchmark_depthwise.py
+python scripts/benchmark_depthwise.py
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax import lax
 
 from msvmamba_jax.models.depthwise import depthwise_conv
 
+Conv = Callable[[jax.Array, jax.Array, int], jax.Array]
 SHAPES = [(64, 8, 64, 3, 1), (64, 8, 64, 7, 2), (1, 56, 96, 3, 1), (1, 56, 96, 7, 2), (1, 14, 384, 3, 1)]
 REPEATS = 10
 
@@ -42,6 +43,14 @@ def milliseconds(function: Callable[..., object], *arguments: jax.Array) -> floa
     return 1e3 * best
 
 
+def _forward(conv: Conv, stride: int) -> Callable[..., object]:
+    return jax.jit(lambda x, kernel: conv(x, kernel, stride))
+
+
+def _forward_and_backward(conv: Conv, stride: int) -> Callable[..., object]:
+    return jax.jit(jax.grad(lambda x, kernel: jnp.sum(conv(x, kernel, stride) ** 2), (0, 1)))
+
+
 def main() -> None:
     """The command."""
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32, milliseconds (XLA / ours = ratio)")
@@ -49,15 +58,9 @@ def main() -> None:
         x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
         kernel = jax.random.normal(jax.random.key(1), (size, size, channels))
         row = f"{batch} x {side} x {side} x {channels}, kernel {size}, stride {stride}:"
-        for name, wrap in (("forward", lambda f: f), ("forward and backward", lambda f: jax.grad(f, (0, 1)))):
-            times = []
-            for conv in (grouped_conv, depthwise_conv):
-                if name == "forward":
-                    function = jax.jit(lambda x, k, conv=conv: conv(x, k, stride))
-                else:
-                    function = jax.jit(wrap(lambda x, k, conv=conv: jnp.sum(conv(x, k, stride) ** 2)))
-                times.append(milliseconds(function, x, kernel))
-            row += f"  {name} {times[0]:.2f} / {times[1]:.2f} = {times[0] / times[1]:.1f}"
+        for name, make in (("forward", _forward), ("forward and backward", _forward_and_backward)):
+            xla, ours = (milliseconds(make(conv, stride), x, kernel) for conv in (grouped_conv, depthwise_conv))
+            row += f"  {name} {xla:.2f} / {ours:.2f} = {xla / ours:.1f}"
         print(row)
 
 

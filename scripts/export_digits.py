@@ -1,6 +1,6 @@
 """Write held-out digits as PNG files, to try `predict` on.
 
-    python scripts/export_digits.py FOLDER [COUNT]
+python scripts/export_digits.py FOLDER [COUNT]
 """
 
 from __future__ import annotations

@@ -161,9 +161,7 @@ def _scan_forward(implementation: str, routes: tuple[Route, ...], inputs: ScanIn
     return _IMPLEMENTATIONS[implementation].forward(inputs, routes)
 
 
-def _scan_backward(
-    implementation: str, routes: tuple[Route, ...], residuals: Any, dy: jax.Array
-) -> tuple[ScanInputs]:
+def _scan_backward(implementation: str, routes: tuple[Route, ...], residuals: Any, dy: jax.Array) -> tuple[ScanInputs]:
     return (_IMPLEMENTATIONS[implementation].backward(residuals, dy, routes),)
 
 

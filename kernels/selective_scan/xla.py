@@ -77,9 +77,7 @@ def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> 
 
     dy_sum = sum(dy_routes[1:], dy_routes[0])
     du = inputs.D.astype(u.dtype) * dy_sum
-    (du, dstep), (dA, dB, dC) = lax.scan(
-        add_state, (du, jnp.zeros_like(u)), per_state, unroll=inputs.A.shape[1] == 1
-    )
+    (du, dstep), (dA, dB, dC) = lax.scan(add_state, (du, jnp.zeros_like(u)), per_state, unroll=inputs.A.shape[1] == 1)
     draw = dstep * jax.nn.sigmoid(_raw_step(inputs, u.dtype))
     gradients = ScanInputs(
         u=du,

@@ -160,8 +160,8 @@ class Backbone(nnx.Module):
 
         Args:
             images: normalised RGB images (b, height, width, 3), any size from 4 x 4 pixels.
-            keys: None for evaluation. For training with stochastic depth: a typed random key for each image (b,), or one
-                key, from which each image's is derived by its place in the batch.
+            keys: None for evaluation. For training with stochastic depth: a typed random key for each image (b,), or
+                one key, from which each image's is derived by its place in the batch.
 
         Returns:
             Four maps (b, h_i, w_i, c_i): h_0 = height // 4, then each half of the one before, rounded up; c_i is

@@ -28,9 +28,7 @@ class Classifier(nnx.Module):
         if num_classes < 1:
             raise InputError(f"num_classes must be at least 1; got {num_classes}")
         self.num_classes = num_classes
-        self.backbone = Backbone(
-            config, dtype=dtype, remat=remat, scan_implementation=scan_implementation, rngs=rngs
-        )
+        self.backbone = Backbone(config, dtype=dtype, remat=remat, scan_implementation=scan_implementation, rngs=rngs)
         self.norm = LayerNorm(config.widths[-1], dtype=dtype)
         self.head = linear(config.widths[-1], num_classes, bias=True, dtype=jnp.float32, rngs=rngs)
 

@@ -47,7 +47,7 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 
     # The input's gradient is the convolution of the spread-out dy with the kernel turned by 180 degrees.
     edge = size // 2
-    spread = [(0, 0, 0), (edge, height - rows + edge, stride - 1), (edge, width - columns + edge, stride - 1), (0, 0, 0)]
+    spread = [(0, 0, 0), *((edge, n + edge, stride - 1) for n in (height - rows, width - columns)), (0, 0, 0)]
     dx = _weighted_shifts(lax.pad(dy, jnp.zeros((), dy.dtype), spread), kernel[::-1, ::-1], 1, height, width)
 
     padded = _pad(x, kernel)
@@ -55,8 +55,8 @@ def _backward(stride: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 
     def kernel_row(i: jax.Array) -> jax.Array:
         row = lax.dynamic_slice_in_dim(padded, i, rows, axis=1)[:, ::stride]
-        taps = [jnp.sum(row[:, :, j : j + columns : stride].astype(dy_sum.dtype) * dy_sum, (0, 1, 2)) for j in range(size)]
-        return jnp.stack(taps)
+        row = row.astype(dy_sum.dtype)
+        return jnp.stack([jnp.sum(row[:, :, j : j + columns : stride] * dy_sum, (0, 1, 2)) for j in range(size)])
 
     # A loop over the rows of the kernel: unrolled, the k * k reductions take XLA seconds to compile.
     dkernel = lax.map(kernel_row, jnp.arange(size))

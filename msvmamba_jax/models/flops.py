@@ -1,7 +1,7 @@
 """Multiply-adds of a forward pass, worked out from shapes, with the rules that the original's published figures follow.
 
-One multiply-add counts as one; biases, activations, sums and products by element do not count. Figures are for one image.
-A task's count is a sum of `Flops`: the backbone's at its image size, plus that of each layer of its head.
+One multiply-add counts as one; biases, activations, sums and products by element do not count. Figures are for one
+image. A task's count is a sum of `Flops`: the backbone's at its image size, plus that of each layer of its head.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def _block(config: BackboneConfig, features: int, h: int, w: int) -> Flops:
     total += upsample_bilinear(positions * inner)
     squeezed = inner // SqueezeExcitation.RATIO
     total += adaptive_avg_pool(positions * inner) + linear(1, inner, squeezed) + linear(1, squeezed, inner)
-    # the feed-forward network; its 1x1 layers are convolutions in the original
-    total += layer_norm(positions * features) + conv(features, inner, 1, positions) + conv(inner, features, 1, positions)
-    return total + conv(inner, inner, 3, positions, groups=inner)
+    # The feed-forward network, whose 1x1 layers are convolutions in the original.
+    total += layer_norm(positions * features) + conv(inner, inner, 3, positions, groups=inner)
+    return total + conv(features, inner, 1, positions) + conv(inner, features, 1, positions)
 
 
 def _selective_ssm(config: BackboneConfig, features: int, visits: int) -> Flops:

@@ -100,9 +100,7 @@ class PatchEmbedding(nnx.Module):
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be normalised floating-point values; got {images.dtype}")
         height, width = (size // self.SIZE * self.SIZE for size in images.shape[1:3])
-        patches = rearrange(
-            images[:, :height, :width], "b (h p) (w q) c -> b h w (p q c)", p=self.SIZE, q=self.SIZE
-        )
+        patches = rearrange(images[:, :height, :width], "b (h p) (w q) c -> b h w (p q c)", p=self.SIZE, q=self.SIZE)
         return self.norm(self.projection(patches))
 
 

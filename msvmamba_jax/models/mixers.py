@@ -99,13 +99,13 @@ class MultiScaleMixer(nnx.Module):
         self, features: int, *, states: int, dtype: DTypeLike, scan_implementation: str | None, rngs: nnx.Rngs
     ):
         inner = 2 * features
-        ssm: dict[str, Any] = dict(
-            states=states,
-            rank=delta_rank(features),
-            dtype=dtype,
-            scan_implementation=scan_implementation,
-            rngs=rngs,
-        )
+        ssm: dict[str, Any] = {
+            "states": states,
+            "rank": delta_rank(features),
+            "dtype": dtype,
+            "scan_implementation": scan_implementation,
+            "rngs": rngs,
+        }
         self.in_projection = linear(features, 2 * inner, bias=False, dtype=dtype, rngs=rngs)
         self.full_conv = DepthwiseConv(inner, 3, dtype=dtype, rngs=rngs)
         self.half_conv = DepthwiseConv(inner, 7, stride=2, dtype=dtype, rngs=rngs)

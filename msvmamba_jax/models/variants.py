@@ -61,7 +61,7 @@ def backbone_config(
     """
     if name not in VARIANTS:
         raise InputError(f"there is no model {name!r}; choose one of {', '.join(VARIANTS)}")
-    options: dict[str, Any] = dict(width=width, depths=depths, states=states, drop_path=drop_path)
+    options: dict[str, Any] = {"width": width, "depths": depths, "states": states, "drop_path": drop_path}
     return dataclasses.replace(VARIANTS[name].backbone, **{k: v for k, v in options.items() if v is not None})
 
 

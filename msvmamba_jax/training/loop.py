@@ -68,7 +68,11 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     _check(config, steps)
 
     # Model and optimiser. Abstract: the state is made, or restored, in place.
-    options = dict(dtype=config.dtype, remat=config.remat, scan_implementation=config.scan_implementation or None)
+    options = {
+        "dtype": config.dtype,
+        "remat": config.remat,
+        "scan_implementation": config.scan_implementation or None,
+    }
     model = abstract_model(lambda: task.description.build(rngs=nnx.Rngs(0), **options))
     scale = config.batch_size / config.optimizer.batch_size
     schedule = cosine_schedule(

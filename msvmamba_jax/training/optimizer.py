@@ -45,9 +45,7 @@ def decay_mask(parameters: Tree) -> Tree:
     The original exempts one-dimensional tensors and biases. Its step-size biases are stacked by route, hence
     two-dimensional and not named `bias`: they decay, ours as well.
     """
-    return unflatten(
-        {name: jnp.ndim(leaf) > 1 or name.endswith("delta_bias") for name, leaf in flatten(parameters)}
-    )
+    return unflatten({name: jnp.ndim(leaf) > 1 or name.endswith("delta_bias") for name, leaf in flatten(parameters)})
 
 
 def adamw(schedule: optax.Schedule, *, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:

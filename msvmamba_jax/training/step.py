@@ -65,9 +65,7 @@ def train_step(
 
     def accumulated(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
         # Part j takes the rows j, j + accumulate, ...: each device goes on holding rows of its own.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys)
-        )
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), (dict(batch), keys))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, batch, keys))
 
         def add(total: Any, part: Any) -> tuple[Any, None]:

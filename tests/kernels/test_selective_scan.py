@@ -156,9 +156,7 @@ class TestSelectiveScan:
         inputs = make_inputs(h=4, w=6, n=2)
         order = np.concatenate([visiting_order(route, 4, 6) for route in HALF])
         u, delta, B, C = (x.reshape(2, 24, -1)[:, order] for x in (inputs.u, inputs.delta, inputs.B, inputs.C))
-        sequence = selective_scan(
-            u, delta, inputs.A, B, C, inputs.D, inputs.delta_bias, implementation=implementation
-        )
+        sequence = selective_scan(u, delta, inputs.A, B, C, inputs.D, inputs.delta_bias, implementation=implementation)
         y = scan(inputs, HALF, implementation).reshape(2, 3, 24, 3)
         for index, route in enumerate(HALF):
             part = sequence[:, 24 * index : 24 * (index + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -14,10 +15,14 @@ from msvmamba_jax.models.parameters import abstract_model, flatten, get_paramete
 from msvmamba_jax.models.variants import create_model
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def _fresh_parameters(name: str, key: jax.Array):
+    options = {"width": 32, "depths": (1, 1, 1, 1), "states": 16, "num_classes": 50}
+    return get_parameters(create_model(name, rngs=nnx.Rngs(key), **options))
+
+
 def fresh_parameters(name: str, seed: int) -> dict[str, np.ndarray]:
-    options = dict(width=32, depths=(1, 1, 1, 1), states=16, num_classes=50)
-    model = create_model(name, rngs=nnx.Rngs(seed), **options)
-    return {name: np.asarray(x, np.float64) for name, x in flatten(get_parameters(model))}
+    return {path: np.asarray(x, np.float64) for path, x in flatten(_fresh_parameters(name, jax.random.key(seed)))}
 
 
 @pytest.fixture(scope="module", params=["msvmamba_nano", "vssm_tiny"])

@@ -17,9 +17,9 @@ from msvmamba_jax.models.layers import DropPath, LayerNorm
 from msvmamba_jax.models.parameters import abstract_model, bind, flatten, get_parameters, unflatten
 from msvmamba_jax.models.variants import VARIANTS, create_model, list_models
 
-SMALL = dict(width=8, depths=(1, 1, 1, 1), num_classes=5, drop_path=0.0)
+SMALL = {"width": 8, "depths": (1, 1, 1, 1), "num_classes": 5, "drop_path": 0.0}
 HEIGHT, WIDTH = 37, 70  # neither a multiple of 4; the last stage has 2 x 3 positions
-BFLOAT16_TOLERANCE = 0.05  # relative L2 of logits and maps; measured: at most 0.02
+BFLOAT16_TOLERANCE = 0.05  # relative L2 of logits and maps; measured: at most 0.027
 
 every_variant = pytest.mark.parametrize("name", list_models())
 every_kind = pytest.mark.parametrize("name", ["msvmamba_nano", "vssm_tiny"])
@@ -82,8 +82,9 @@ def _gradients(graph, state, images):
 
 def gradients(model: Classifier, images: jax.Array):
     """Gradients of parameters and images, and logits."""
-    (parameters, images), logits = _gradients(*nnx.split(model), images)
-    return {k: np.asarray(x) for k, x in flatten(get_parameters(nnx.merge(nnx.graphdef(model), parameters)))}, images, logits
+    (state, images), logits = _gradients(*nnx.split(model), images)
+    parameters = get_parameters(nnx.merge(nnx.graphdef(model), state))
+    return {path: np.asarray(x) for path, x in flatten(parameters)}, images, logits
 
 
 @every_variant

@@ -1,4 +1,4 @@
-"""The classifiers compute what the original PyTorch implementation computed (README.md here says how it was recorded)."""
+"""The classifiers compute what the original did; README.md in this folder says how that was recorded."""
 
 from __future__ import annotations
 

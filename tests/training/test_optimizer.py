@@ -1,6 +1,5 @@
 """The recipe against the original's recorded learning rates and weight-decay groups, and AdamW worked out by hand."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +37,7 @@ def test_weight_decay_groups_equal_the_recorded_ones(parity):
     parameters = get_parameters(abstract_model(lambda: create_model("msvmamba_nano", rngs=nnx.Rngs(0))))
     shapes = dict(flatten(parameters))
     # A tensor of the original takes the flag of ours through the name table: 1 where it decays.
-    flags = {
-        name: np.full(shapes[name].shape, decays, np.int8) for name, decays in flatten(decay_mask(parameters))
-    }
+    flags = {name: np.full(shapes[name].shape, decays, np.int8) for name, decays in flatten(decay_mask(parameters))}
     original = to_original(flags, "multi_scale")
     assert sorted(original) == sorted(groups["decay"] + groups["no_decay"])
     assert all((original[name] == 1).all() for name in groups["decay"])
@@ -67,5 +64,5 @@ def test_clipping_bounds_what_adam_sees():
     optimizer = adamw(lambda _: 0.1, weight_decay=0.0, clip_norm=5.0)
     params = {"w": jnp.zeros((1, 2))}
     _, state = optimizer.update({"w": jnp.array([[30.0, 40.0]])}, optimizer.init(params), params)
-    moment = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (1, 2)][0]
+    moment = next(leaf for leaf in jax.tree.leaves(state) if leaf.shape == (1, 2))
     np.testing.assert_allclose(moment, [[0.3, 0.4]], rtol=1e-5)  # 0.1 * (3, 4)
