@@ -55,7 +55,7 @@ def convert_file(path: str | Path, weights: Weights | None = None) -> Conversion
         state = _with_current_names(state)
         model, mixer = _recognise(state)
         expected = get_parameters(abstract_model(lambda: create_model(**model, rngs=nnx.Rngs(0))))
-        _check(_original_shapes(expected, mixer), state)
+        _check(_original(expected, mixer), state)
         flat = to_ours(state, mixer)
         parameters = unflatten(flat)
         check_fit(expected, parameters)
@@ -107,7 +107,7 @@ def _with_current_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         return {name: np.asarray(state[old], np.float32) for name, [old] in olds.items()}
 
 
-def _check(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray]) -> None:
+def _check(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
     problems = []
     try:
         check_fit(dict(expected), dict(state), "the tensors")
@@ -154,10 +154,9 @@ def _recognise(state: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str]:
     return {"name": name, **base, **found}, mixer
 
 
-def _original_shapes(expected: Tree, mixer: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original's state dict for the same model."""
-    zeros = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in flatten(expected)}
-    return {name: tensor.shape for name, tensor in to_original(zeros, mixer).items()}
+def _original(expected: Tree, mixer: str) -> dict[str, np.ndarray]:
+    """The original's state dict for the same model, all zeros."""
+    return to_original({name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in flatten(expected)}, mixer)
 
 
 def _class_names(count: int) -> tuple[str, ...]:

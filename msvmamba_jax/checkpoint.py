@@ -242,7 +242,8 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         return
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another output, or pass --overwrite to replace it")
-    if path.exists() and not _is_checkpoint(path):
+    # `state` and `model` alone could be anybody's folders
+    if path.exists() and not (_is_checkpoint(path) and (path / "_CHECKPOINT_METADATA").is_file()):
         raise InputError(f"{path} exists and is not a checkpoint: it is left as it is, choose another output")
 
 

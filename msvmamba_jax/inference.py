@@ -143,5 +143,5 @@ def _resize_axis(images: jax.Array, axis: int, size: int, method: str) -> jax.Ar
     shape[axis] = size
     resized = jax.image.resize(images.astype(jnp.float32), shape, method, precision=jax.lax.Precision.HIGHEST)
     if images.dtype == jnp.uint8:
-        resized = jnp.clip(jnp.round(resized), 0, 255)
+        resized = jnp.clip(jnp.floor(resized + 0.5), 0, 255)  # a half goes up, as in Pillow
     return resized.astype(images.dtype)

@@ -6,7 +6,6 @@ python -m msvmamba_jax.summary --size 512x2048
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from typing import Any
 
@@ -27,7 +26,7 @@ def _main() -> None:
 
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.models.flops import classifier_flops, stage_sizes
-    from msvmamba_jax.models.parameters import abstract_model, count, get_parameters
+    from msvmamba_jax.models.parameters import Tree, abstract_model, count, get_parameters
     from msvmamba_jax.models.variants import VARIANTS, create_model
 
     try:
@@ -38,15 +37,17 @@ def _main() -> None:
     if min(height, width) < 4:
         raise InputError(f"--size must be at least 4 pixels; got {arguments.size!r}")
 
+    def parameters_of(name: str) -> Tree:
+        return get_parameters(abstract_model(lambda: create_model(name, rngs=nnx.Rngs(0))))
+
     rows: list[dict[str, Any]] = []
     for name, variant in VARIANTS.items():
         config = variant.backbone
-        parameters = get_parameters(abstract_model(functools.partial(create_model, name, rngs=nnx.Rngs(0))))
         maps = [[h, w, c] for (h, w), c in zip(stage_sizes(height, width), config.widths, strict=True)]
         rows.append(
             {
                 "model": name,
-                "parameters": count(parameters),
+                "parameters": count(parameters_of(name)),
                 "multiply_adds": classifier_flops(config, 1000, height, width).total,
                 "features": maps,
                 "reported_top1": variant.reported_top1,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before the first use of a device
+jax.config.update("jax_default_matmul_precision", "highest")  # GPUs round float32 factors to 10 bits otherwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # an accidental float32 in a bfloat16 model is an error
 
 
