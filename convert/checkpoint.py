@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from msvmamba_jax.checkpoint import Description, Weights, check_output, save_checkpoint
 from msvmamba_jax.convert.names import current_name, to_original, to_ours
@@ -18,7 +17,15 @@ from msvmamba_jax.data.labels import imagenet_class_names
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import STAGES
-from msvmamba_jax.models.parameters import Tree, abstract_model, check_fit, flatten, get_parameters, unflatten
+from msvmamba_jax.models.parameters import (
+    SHAPE_KEYS,
+    Tree,
+    abstract_model,
+    check_fit,
+    flatten,
+    get_parameters,
+    unflatten,
+)
 from msvmamba_jax.models.variants import VARIANTS, create_model
 
 _SECTIONS: dict[Weights, tuple[str, ...]] = {
@@ -54,7 +61,7 @@ def convert_file(path: str | Path, weights: Weights | None = None) -> Conversion
     try:
         state = _with_current_names(state)
         model, mixer = _recognise(state)
-        expected = get_parameters(abstract_model(lambda: create_model(**model, rngs=nnx.Rngs(0))))
+        expected = get_parameters(abstract_model(lambda: create_model(**model, rngs=SHAPE_KEYS)))
         _check(_original(expected, mixer), state)
         flat = to_ours(state, mixer)
         parameters = unflatten(flat)

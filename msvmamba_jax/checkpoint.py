@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.parameters import Tree, abstract_model, bind
+from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind
 from msvmamba_jax.models.variants import backbone_config, create_model
 
 FORMAT = 1
@@ -200,7 +200,7 @@ def build_model(description: Description, parameters: Tree, **options: Any) -> A
     Raises:
         InputError: the parameters do not fit the description.
     """
-    model = abstract_model(lambda: description.build(rngs=nnx.Rngs(0), **options))
+    model = abstract_model(lambda: description.build(rngs=SHAPE_KEYS, **options))
     return bind(model, jax.tree.map(jnp.asarray, parameters))
 
 

@@ -55,8 +55,7 @@ def run_with_config(main: Callable[[], int | None]) -> None:
                 raise InputError(f"unexpected argument {rest[1]!r}; options start with --")
             flags.FLAGS.config.keys()  # that a file is missing shows only when it is used
             return rest
-        except (InputError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            # a configuration file that is missing or broken, an unknown key, or a value of another type
+        except Exception as error:  # a configuration file runs as Python and can raise anything
             print(f"error: {_flag_problem(error)} (--help lists the options)", file=sys.stderr)
             sys.exit(1)
 
@@ -70,6 +69,8 @@ def _flag_problem(error: Exception) -> str:
     if isinstance(error, OSError):  # its last line has the system's reason
         last = str(error).splitlines()[-1].rpartition("failure to load: ")[2]
         return f"cannot load the configuration: {last.strip()}"
+    if isinstance(error, (SyntaxError, ImportError, NameError)):
+        return f"the configuration is no working Python: {error}"
     return " ".join(str(reason).split())
 
 

@@ -22,11 +22,9 @@ def _main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the table to this file")
     arguments = parser.parse_args()
 
-    from flax import nnx
-
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.models.flops import classifier_flops, stage_sizes
-    from msvmamba_jax.models.parameters import Tree, abstract_model, count, get_parameters
+    from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, count, get_parameters
     from msvmamba_jax.models.variants import VARIANTS, create_model
 
     try:
@@ -38,7 +36,7 @@ def _main() -> None:
         raise InputError(f"--size must be at least 4 pixels; got {arguments.size!r}")
 
     def parameters_of(name: str) -> Tree:
-        return get_parameters(abstract_model(lambda: create_model(name, rngs=nnx.Rngs(0))))
+        return get_parameters(abstract_model(lambda: create_model(name, rngs=SHAPE_KEYS)))
 
     rows: list[dict[str, Any]] = []
     for name, variant in VARIANTS.items():

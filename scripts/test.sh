@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" test
 
-python -m pytest -m "not slow" --numprocesses "${JOBS:-2}" "$@"
+python -m pytest -m "not slow" --numprocesses "${JOBS:-2}" --dist loadfile "$@"

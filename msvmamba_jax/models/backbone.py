@@ -16,6 +16,7 @@ from msvmamba_jax.models.layers import DepthwiseConv, Downsampling, DropPath, La
 from msvmamba_jax.models.mixers import CrossScanMixer, MultiScaleMixer
 
 STAGES = 4
+MAX_DEPTH = 1000  # beyond any use; a damaged description must not build for ever
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class BackboneConfig:
         object.__setattr__(self, "depths", tuple(self.depths))
         if self.width < 8 or self.width % 4:
             raise InputError(f"width must be a multiple of 4, at least 8; got {self.width}")
-        if len(self.depths) != STAGES or min(self.depths) < 1:
-            raise InputError(f"depths must be {STAGES} positive numbers; got {self.depths}")
+        if len(self.depths) != STAGES or min(self.depths) < 1 or max(self.depths) > MAX_DEPTH:
+            raise InputError(f"depths must be {STAGES} numbers from 1 to {MAX_DEPTH}; got {self.depths}")
         if self.mixer not in ("multi_scale", "cross_scan"):
             raise InputError(f"mixer must be 'multi_scale' or 'cross_scan'; got {self.mixer!r}")
         if self.states < 1:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.kernels.selective_scan import implementations
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
 
@@ -100,6 +101,8 @@ def create_model(
         InputError: an unknown name, or options that make no model.
     """
     config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
+    if scan_implementation not in (None, *implementations()):
+        raise InputError(f"no scan implementation {scan_implementation!r}; there is {', '.join(implementations())}")
     return Classifier(
         config,
         num_classes=num_classes,

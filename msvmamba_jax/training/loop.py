@@ -19,7 +19,7 @@ from flax import nnx
 
 from msvmamba_jax.data.pipeline import Dataset, evaluation_batches, train_batches, train_steps_per_epoch
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.parameters import abstract_model, count
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints, abstract
 from msvmamba_jax.training.devices import make_layout
@@ -73,7 +73,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         "remat": config.remat,
         "scan_implementation": config.scan_implementation or None,
     }
-    model = abstract_model(lambda: task.description.build(rngs=nnx.Rngs(0), **options))
+    model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
     scale = config.batch_size / config.optimizer.batch_size
     schedule = cosine_schedule(
         peak=config.optimizer.learning_rate * scale,

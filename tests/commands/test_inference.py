@@ -196,7 +196,7 @@ def test_arrays_that_are_no_images(infer, images, part):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize(("height", "width"), [(64, 80), (97, 61), (23, 40), (40, 40), (33, 133)])
 def test_resizing_is_that_of_pillow(interpolation, height, width):
-    """Measured over these cases: 0.43 % of the values differ with bilinear, at most 0.01 % with the others, and those by one step."""
+    """Measured: bilinear 0.43 % of the values differ, the others at most 0.01 %, and those by one step."""
     preprocessing = Preprocessing(size=32, resize=40, interpolation=interpolation)
     images = photos(3, height, width)
     found = np.asarray(resize_and_crop(jnp.asarray(images), preprocessing)).astype(int)

@@ -260,7 +260,7 @@ def renamed_as(name):
         (renamed_as("stem.weight"), "no MSVMamba or VMamba model"),
         (lambda state: {k: v for k, v in state.items() if not k.endswith("A_logs")}, "no MSVMamba or VMamba model"),
         (lambda state: {k: v for k, v in state.items() if not k.startswith("classifier")}, "has no classifier"),
-        (lambda state: {k: v for k, v in state.items() if not k.startswith("layers.2")}, "depths must be 4 positive"),
+        (lambda state: {k: v for k, v in state.items() if not k.startswith("layers.2")}, "depths must be 4 numbers"),
         (lambda state: state | {"layers.4.blocks.0.norm.weight": np.ones(3, np.float32)}, "more than 4 stages"),
         (
             lambda state: state | {"layers.0.blocks.9999.norm.weight": np.ones(3, np.float32)},
