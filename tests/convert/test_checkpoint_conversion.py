@@ -269,7 +269,6 @@ def renamed_as(name):
         (lambda state: state | {f"layers.0.blocks.{'9' * 5000}.norm": np.ones(3, np.float32)}, "is unknown"),
         (lambda state: state | {"patch_embed.0.weight": np.ones((17, 3, 4, 4), np.float32)}, "width must be"),
     ],
-    ids=str,
 )
 def test_files_of_other_models(path, state, change, part):
     torch_writer.write(path, change(state))
