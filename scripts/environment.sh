@@ -10,7 +10,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 1
 fi
 
-venv="${VENV:-.venv}"
+venv="$(realpath -m "${VENV:-.venv}")"
 stamp="$venv/installed-$extras"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "Installing into $venv (once; a few hundred megabytes) ..."
@@ -19,4 +19,4 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
     touch "$stamp"
 fi
-PATH="$PWD/$venv/bin:$PATH"
+PATH="$venv/bin:$PATH"
