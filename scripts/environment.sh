@@ -10,7 +10,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 1
 fi
 
-venv="$(realpath -m "${VENV:-.venv}")"
+venv="$("$python" -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "${VENV:-.venv}")"
 stamp="$venv/installed-$extras"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "Installing into $venv (once; a few hundred megabytes) ..."
