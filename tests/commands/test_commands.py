@@ -664,6 +664,14 @@ def test_evaluate_bad_arguments(digits_checkpoint, tmp_path, arguments, part):
     assert part in run_process("evaluate", f"--checkpoint={digits_checkpoint}", *given).message
 
 
+@pytest.mark.parametrize("code", ["def get_config(:", "import no_such_package", "raise_this_name"])
+def test_configuration_that_is_no_working_python(tmp_path, code):
+    (tmp_path / "broken.py").write_text(code)
+    message = run_process("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}").message
+    assert "the configuration is no working Python" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_bad_weights(digits_checkpoint):
     outcome = run_process("evaluate", f"--config={CONFIG}", f"--checkpoint={digits_checkpoint}", "--weights=ema")
     assert "holds no averaged weights" in outcome.message
