@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 from msvmamba_jax.errors import InputError
 
@@ -21,7 +23,9 @@ def run(main: Callable[[], int | None]) -> int:
     Returns:
         The exit status: what `main` returns (None: 0), 1 after an error, 130 after Ctrl-C.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax and JAX report every file and every absent accelerator
+    # Orbax and JAX tell of every file and absent accelerator; what fails reaches the code below as an exception.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a failed save, one traceback for each array
     try:
         status = main() or 0
         sys.stdout.flush()  # what cannot be written is to fail here, not when the interpreter ends
