@@ -25,6 +25,7 @@ def run(main: Callable[[], int | None]) -> int:
     """
     # Orbax and JAX tell of every file and absent accelerator; what fails reaches the code below as an exception.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _report_unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a failed save, one traceback for each array
     try:
         status = main() or 0
@@ -96,6 +97,12 @@ def _discard_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_unraisable(problem: Any) -> None:
+    """As Python does, but for what TensorStore's threads still had to say to a reader that failed."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 def _storage_problem(error: BaseException) -> str | None:
