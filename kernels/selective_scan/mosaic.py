@@ -1,0 +1,256 @@
+"""The selective scan as Pallas Mosaic GPU kernels, for NVIDIA Hopper and newer.
+
+A block is a warpgroup that takes one image and a block of channels along the whole path (all routes, one after the
+other), its states in registers. Tiles of u and delta come in, and tiles of y go out, through asynchronous copies
+between device and shared memory that run ahead of the arithmetic; a route is only a rule for the next tile's address.
+Where images and channels are too few to fill the GPU, each route is cut into segments: a first kernel finds the state
+that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
+kernel works out the state that enters its segment.
+
+The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
+between are recomputed. Sums over channels (for B and C) are taken within a block and finished outside, as are the sums
+over blocks of channels, routes, segments and images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, local_device
+from msvmamba_jax.kernels.selective_scan.partitioning import by_image
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E
+from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs, along_rows
+from msvmamba_jax.kernels.selective_scan.tiles import Tiles, tiles
+
+_SHARED = (2, 5, 6)  # A, D and delta_bias among the fields of ScanInputs have no image axis
+_WORD = 8  # channels; the copy engine addresses 16 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernels of a problem are launched.
+
+    Attributes:
+        block: channels of a block, 128 or 256 (one or two for each thread).
+        positions: of a tile, about.
+        stages: tiles of the inputs that are in shared memory or on the way.
+        parts: segments that each route is cut into; 1 leaves the path whole, in one launch.
+    """
+
+    block: int
+    positions: int
+    stages: int
+    parts: int
+
+
+_SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that blocks can use
+_POSITIONS = 16  # one chunk to a tile: copies of 4 or 8 KiB
+
+
+def heuristic(problem: Problem, device: Device) -> Config:
+    """Enough blocks for the GPU, and enough bytes on the way to each multiprocessor.
+
+    As many stages (up to four) as let two blocks share a multiprocessor. The path stays whole if there is a block for
+    every second multiprocessor, since cutting it reads the inputs twice; otherwise each route is cut for two blocks to
+    a multiprocessor, but into segments of four tiles at least.
+    """
+    blocks = problem.batch * -(-problem.channels // mosaic_block.THREADS)
+    parts = 1
+    if 2 * blocks < device.multiprocessors:
+        wanted = -(-2 * device.multiprocessors // (blocks * problem.routes))
+        parts = max(1, min(wanted, problem.height * problem.width // (4 * _POSITIONS)))
+    config = Config(mosaic_block.THREADS, _POSITIONS, stages=4, parts=parts)
+    for share in (_SHARED_MEMORY // 2 - 1024, _SHARED_MEMORY):
+        for stages in (4, 3, 2):
+            config = dataclasses.replace(config, stages=stages)
+            geometry = _geometry(problem, ("row", "column"), config)
+            if mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward") <= share:
+                return config
+    return config
+
+
+class Residuals(NamedTuple):
+    """What the backward needs of the forward."""
+
+    inputs: ScanInputs
+    states: jax.Array  # see `mosaic_kernels.scan`
+    ends: jax.Array  # see `mosaic_kernels.segment_ends`; no segments if the path is whole
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None if it can."""
+    for device in jax.local_devices():
+        if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9.0:
+            return None
+    return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
+
+
+def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
+    """Scans the map along `routes` without keeping states: y (b, routes, h, w, d) in the dtype of `inputs.u`."""
+    return _forward(inputs, routes, save=False)[0]
+
+
+def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, Residuals]:
+    """Scans the map along `routes`: y (b, routes, h, w, d) in the dtype of `inputs.u`, and the residuals."""
+    y, states, ends = _forward(inputs, routes, save=True)
+    return y, Residuals(inputs, states, ends)
+
+
+def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> ScanInputs:
+    """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
+    inputs, states, ends = residuals
+    arrays = (*_in_kernel_dtypes(inputs), states, ends, dy)
+    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays)
+    n = inputs.A.shape[1]
+    dparameters = jnp.sum(dparameters, axis=0)
+    gradients = ScanInputs(
+        u=du,
+        delta=ddelta,
+        A=dparameters[:n].T,
+        B=dBC[..., :n],
+        C=dBC[..., n:],
+        D=dparameters[n],
+        delta_bias=dparameters[n + 1],
+    )
+    return ScanInputs(*(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
+
+
+def _forward(inputs: ScanInputs, routes: tuple[Route, ...], save: bool) -> tuple[jax.Array, ...]:
+    y, *residuals = _launch(_forward_of_images, routes, save)(*_in_kernel_dtypes(inputs))
+    return (y.astype(inputs.u.dtype), *residuals)
+
+
+@functools.cache
+def _launch(function: Callable[..., tuple[jax.Array, ...]], *options: Any) -> Callable[..., tuple[jax.Array, ...]]:
+    return by_image(functools.partial(function, *options), shared=_SHARED)
+
+
+def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
+    if jnp.float64 in (x.dtype for x in inputs):
+        raise ValueError("the mosaic scan computes in float32; for float64 choose implementation='xla'")
+    u, delta = (x if x.dtype in (jnp.float32, jnp.bfloat16) else x.astype(jnp.float32) for x in inputs[:2])
+    return inputs._replace(u=u, delta=delta)
+
+
+def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """y; with `save` also the states and the ends of the segments."""
+    inputs = ScanInputs(*arrays)
+    problem = _problem("forward", inputs, routes)
+    geometry = _geometry(problem, routes, _config(problem))
+    operands = _operands(inputs, geometry)
+    ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
+    y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
+    y = y[..., : inputs.u.shape[-1]]
+    if not save:
+        return (y,)
+    if ends is None:
+        ends = jnp.zeros((geometry.batch, 0, geometry.states + 1, geometry.lanes), jnp.float32)
+    return y, states[0], ends
+
+
+def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """du, ddelta (b, h, w, d), dBC (b, h, w, 2n), and the gradients of A, D and the bias (b, n + 2, d)."""
+    inputs = ScanInputs(*arrays[:7])
+    states, ends, dy = arrays[7:]
+    # The forward decided how the path is cut and what was kept of it.
+    problem = _problem("backward", inputs, routes)
+    forward = _config(_problem("forward", inputs, routes))
+    geometry = _geometry(problem, routes, dataclasses.replace(forward, stages=_config(problem).stages))
+    operands, dy = _operands(inputs, geometry), _whole_words(dy)
+    if geometry.parts > 1:
+        later = mosaic_kernels.later_segment_ends(geometry, operands, dy)
+        gradients = mosaic_kernels.scan_backward(geometry, operands, dy, states, ends, later)
+    else:
+        gradients = mosaic_kernels.scan_backward(geometry, operands, dy, states, None, None)
+    du, ddelta, dBC, dparameters = gradients
+    channels = inputs.u.shape[-1]
+    du, ddelta = (_sum_over_routes(x)[..., :channels] for x in (du, ddelta))
+    return du, ddelta, _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
+
+
+def _config(problem: Problem) -> Config:
+    return choose("mosaic", problem, local_device(), heuristic)
+
+
+def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
+    states, dtype = inputs.A.shape[1], inputs.u.dtype.name
+    batch, height, width, channels = inputs.u.shape
+    return Problem(direction, batch, height, width, channels, states, len(routes), dtype)
+
+
+def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:
+    return mosaic_block.Geometry(
+        routes=tuple(tiles(route, problem.height, problem.width, config.positions) for route in routes),
+        batch=problem.batch,
+        height=problem.height,
+        width=problem.width,
+        channels=problem.channels + -problem.channels % _WORD,
+        block=config.block,
+        states=problem.states,
+        stages=config.stages,
+        parts=config.parts,
+        dtype=jnp.dtype(problem.dtype),
+    )
+
+
+def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_block.Operands:
+    """Packs and fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
+    missing = geometry.lanes - inputs.u.shape[-1]
+    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
+    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
+    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
+    return mosaic_block.Operands(
+        u=_whole_words(inputs.u),
+        delta=_whole_words(inputs.delta),
+        BC=jnp.concatenate(tiled, axis=1).reshape(
+            geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
+        ),
+        A=jnp.pad(inputs.A.astype(jnp.float32).T * LOG2_E, ((0, 0), (0, missing))),
+        D=jnp.pad(inputs.D.astype(jnp.float32), (0, missing)),
+        bias=jnp.pad(inputs.delta_bias.astype(jnp.float32), (0, missing)),
+    )
+
+
+def _whole_words(x: jax.Array) -> jax.Array:
+    missing = -x.shape[-1] % _WORD
+    return jnp.pad(x, (*((0, 0) for _ in x.shape[:-1]), (0, missing))) if missing else x
+
+
+def _sum_over_routes(x: jax.Array) -> jax.Array:
+    return x[:, 0] if x.shape[1] == 1 else jnp.sum(x, axis=1, dtype=jnp.float32)
+
+
+def _sums_on_the_map(geometry: mosaic_block.Geometry, dBC: jax.Array) -> jax.Array:
+    """(b, blocks of channels, chunks of the path, n, sums) -> (b, h, w, 2n), summed over blocks and routes."""
+    dBC = jnp.sum(dBC, axis=1)
+    total: Any = 0.0
+    for route, (first, last) in zip(geometry.routes, itertools.pairwise(geometry.first_chunk), strict=True):
+        x = dBC[:, first:last, :, : 2 * route.chunk].reshape(*dBC.shape[:1], last - first, -1, 2, route.chunk)
+        x = jnp.transpose(x, (0, 1, 4, 3, 2))  # chunks, positions of a chunk, B or C, states
+        total += _from_tiles(x.reshape(geometry.batch, route.count, route.positions, -1), route)
+    return total
+
+
+def _to_tiles(x: jax.Array, route: Tiles) -> jax.Array:
+    """(b, h, w, m) -> (b, tiles, positions, m): small arrays as a route's tiles hold them."""
+    x = x if along_rows(route.route) else jnp.swapaxes(x, 1, 2)
+    lines, length = -route.lines % route.depth, -route.length % route.span
+    x = jnp.pad(x, ((0, 0), (0, lines), (0, length), (0, 0)))
+    x = x.reshape(x.shape[0], -1, route.depth, route.pieces, route.span, x.shape[-1])
+    return jnp.swapaxes(x, 2, 3).reshape(x.shape[0], route.count, route.positions, x.shape[-1])
+
+
+def _from_tiles(x: jax.Array, route: Tiles) -> jax.Array:
+    """The inverse of `_to_tiles`."""
+    x = x.reshape(x.shape[0], -1, route.pieces, route.depth, route.span, x.shape[-1])
+    x = jnp.swapaxes(x, 2, 3).reshape(x.shape[0], -1, route.pieces * route.span, x.shape[-1])
+    x = x[:, : route.lines, : route.length]
+    return x if along_rows(route.route) else jnp.swapaxes(x, 1, 2)

@@ -1,0 +1,454 @@
+"""What the Pallas Mosaic GPU kernels share: their geometry, and a block that walks along the path.
+
+A block is one warpgroup that takes one image, some neighbouring channels and one segment of the path (or all of it). A
+vector is one float32 for each of the block's channels, in registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from msvmamba_jax.kernels.selective_scan.recurrence import decays, softplus
+from msvmamba_jax.kernels.selective_scan.tiles import Tiles
+
+THREADS = 128  # of a warpgroup
+_WARPS = 4
+
+# A thread reads back from shared memory only what it wrote itself; where threads exchange values, or the copy engine
+# takes over, there is a fence. So none need be inserted around every single access.
+_PARAMETERS = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
+_FOLDED = 8  # segments whose ends are loaded at a time
+ROW = 32  # floats; the copy engine is asked for multiples of 128 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What the kernels are specialised for."""
+
+    routes: tuple[Tiles, ...]
+    batch: int
+    height: int
+    width: int
+    channels: int  # of the maps
+    block: int  # channels of a block
+    states: int
+    stages: int  # tiles of the inputs that are in shared memory or on the way
+    parts: int  # segments of a route; 1: the path is whole
+    dtype: Any  # of u
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels."""
+        return -(-self.channels // self.block)
+
+    @property
+    def lanes(self) -> int:
+        """Channels of all blocks; the last block may reach over those of the maps."""
+        return self.blocks * self.block
+
+    @property
+    def segments(self) -> int:
+        """Of the path."""
+        return len(self.routes) * self.parts if self.parts > 1 else 1
+
+    @property
+    def positions(self) -> int:
+        """Of the largest tile."""
+        return max(route.positions for route in self.routes)
+
+    @property
+    def first_chunk(self) -> list[int]:
+        """Number of each route's first chunk on the path, then the number of chunks of the path."""
+        return [0, *itertools.accumulate(route.count * route.chunks for route in self.routes)]
+
+    @property
+    def chunks(self) -> int:
+        """Of the tile with most of them."""
+        return max(route.chunks for route in self.routes)
+
+    @property
+    def first_tile(self) -> list[int]:
+        """Number of each route's first tile on the path, then the number of tiles of the path."""
+        return [0, *itertools.accumulate(route.count for route in self.routes)]
+
+    @property
+    def packed(self) -> int:
+        """Floats of a tile's B and C, in whole rows."""
+        floats = 2 * self.states * self.positions
+        return floats + -floats % ROW
+
+    @property
+    def sums(self) -> int:
+        """Rows for a chunk's products that are to be summed over channels: two for each position, in whole warps."""
+        rows = 2 * max(route.chunk for route in self.routes)
+        return rows + -rows % _WARPS
+
+
+def shared_bytes(geometry: Geometry, *, backward: bool) -> int:
+    """Shared memory of a block of `scan` or `scan_backward`, if delta has the dtype of u."""
+    g = geometry
+    vector = 4 * g.block
+    tile = g.positions * g.block * jnp.dtype(g.dtype).itemsize
+    values = 0 if g.states == 1 else g.states * vector  # of one kind, for each state
+    if not backward:
+        return g.stages * (2 * tile + 4 * g.packed) + 2 * tile + 2 * values
+    inputs = 3 * tile + 4 * g.packed + g.chunks * g.states * vector
+    return g.stages * inputs + 4 * tile + 2 * g.sums * vector + 3 * values
+
+
+class Operands(NamedTuple):
+    """The inputs of the scan as the kernels take them."""
+
+    u: jax.Array  # (b, h, w, d)
+    delta: jax.Array  # (b, h, w, d)
+    BC: jax.Array  # (b, tiles of the path, rows, 32), float32: for each position of a tile n of B, then n of C
+    A: jax.Array  # (n, lanes), float32, times log2(e)
+    D: jax.Array  # (lanes,), float32
+    bias: jax.Array  # (lanes,), float32
+
+
+class Visits(NamedTuple):
+    """A chunk's positions in the order in which the route visits them, one vector of u and of delta for each."""
+
+    positions: list[int]
+    us: list[jax.Array]
+    deltas: list[jax.Array]
+
+
+class Copy(NamedTuple):
+    """Where a tile lies in device memory, given its number, and in shared memory, given its slot."""
+
+    device: Callable[[Any], Any]
+    shared: Callable[[Any], Any]
+
+
+class Block:
+    """A block at work: where it is, and what it does at a position."""
+
+    def __init__(self, geometry: Geometry, operands: Operands, scratch: dict[str, Any]):
+        self._geometry, self._operands, self._scratch = geometry, operands, scratch
+        self.image = lax.axis_index("image")
+        self.number = lax.axis_index("channels")
+        self.channels = pl.ds(self.number * geometry.block, geometry.block)
+        self._bias = operands.bias[self.channels]
+        self.D = operands.D[self.channels]
+        if geometry.states == 1:
+            self._a = operands.A[0, self.channels]
+        else:
+            self.each_state(lambda i, carry: self.put("A", carry, i, operands.A[i, self.channels]), ())
+
+    def full(self, value: float) -> jax.Array:
+        """A vector of equal values."""
+        block = self._geometry.block
+        layout = plgpu.Layout.WG_STRIDED((block,), vec_size=block // THREADS)
+        return plgpu.layout_cast(jnp.full((block,), value, jnp.float32), layout)
+
+    # Positions
+
+    def visits_by_chunk(self, tiles: Tiles, slot: Any, backwards: bool) -> list[tuple[int, Visits]]:
+        """The tile in `slot`, chunk by chunk. All is loaded first, since loads cannot pass the stores of results."""
+        loaded = []
+        for chunk in _ordered(tiles.chunks, backwards):
+            positions = [chunk * tiles.chunk + k for k in _ordered(tiles.chunk, tiles.reversed)]
+            u, delta = ([self._scratch[name][slot, tiles.place(p)] for p in positions] for name in ("u", "delta"))
+            loaded.append((chunk, Visits(positions, [x.astype(jnp.float32) for x in u], delta)))
+        return loaded
+
+    def raws_and_steps(self, tiles: Tiles, tile: Any, visits: Visits) -> tuple[list[jax.Array], list[jax.Array]]:
+        """delta plus bias, and its softplus: 0 outside the map, so that the state passes unchanged."""
+        raws = [delta.astype(jnp.float32) + self._bias for delta in visits.deltas]
+        steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
+        return raws, self.masked(tiles, tile, visits, steps)
+
+    def masked(self, tiles: Tiles, tile: Any, visits: Visits, xs: list[jax.Array]) -> list[jax.Array]:
+        """The vectors, zero at positions outside the map."""
+        if tiles.exact:
+            return xs
+        inside = [jnp.where(tiles.inside(tile, position), 1.0, 0.0) for position in visits.positions]
+        return [x * keep for x, keep in zip(xs, inside, strict=True)]
+
+    def b_and_c(self, slot: Any, visits: Visits, i: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        """B and C of state i at each position, one float32 for all channels."""
+        states = self._geometry.states
+        tile = self._scratch["BC"].at[slot].reshape(self._geometry.packed)
+        Bs = [tile[2 * states * position + i] for position in visits.positions]
+        Cs = [tile[2 * states * position + states + i] for position in visits.positions]
+        return Bs, Cs
+
+    def dys(self, tiles: Tiles, slot: Any, visits: Visits) -> list[jax.Array]:
+        """The gradients of y."""
+        return [self._scratch["dy"][slot, tiles.place(p)].astype(jnp.float32) for p in visits.positions]
+
+    # Values for each state: carried in registers if there is one, in shared memory otherwise
+
+    def a(self, i: Any) -> jax.Array:
+        """A log2(e) of state i."""
+        return self._a if self._geometry.states == 1 else self._scratch["A"][i]
+
+    def each_state(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """body(i, carry) for one state after the other."""
+        return body(0, carry) if self._geometry.states == 1 else lax.fori_loop(0, self._geometry.states, body, carry)
+
+    def get(self, name: str, carry: tuple[jax.Array, ...], i: Any) -> jax.Array:
+        """The value of state i."""
+        return carry[0] if self._geometry.states == 1 else self._scratch[name][i]
+
+    def put(self, name: str, carry: tuple[jax.Array, ...], i: Any, value: jax.Array) -> tuple[jax.Array, ...]:
+        """The carry with another value for state i."""
+        if self._geometry.states == 1:
+            return (value,)
+        self._scratch[name][i] = value
+        return carry
+
+    def zero_states(self, name: str) -> tuple[jax.Array, ...]:
+        """A carry of zeros."""
+        empty = (self.full(0.0),) if self._geometry.states == 1 else ()
+        return self.each_state(lambda i, carry: self.put(name, carry, i, self.full(0.0)), empty)
+
+    def store_states(self, name: str, carry: tuple[jax.Array, ...], place: Callable[[Any], Any]) -> None:
+        """Writes the value of each state i to `place(i)` in device memory."""
+
+        def store(i: Any, _: Any) -> Any:
+            place(i)[...] = self.get(name, carry, i)
+            return _
+
+        self.each_state(store, ())
+
+    def save_states(self, states: Any, at: Any, h: tuple[jax.Array, ...]) -> None:
+        """Keeps the states before chunk `at` of the path."""
+        self.store_states("h", h, lambda i: states.at[self.image, at, i, self.channels])
+
+    def entering(self, ends: Any, segment: Any) -> tuple[jax.Array, ...]:
+        """The states that enter a segment, from the ends of those before it."""
+        return self._fold("h", ends, ends, 0, segment)
+
+    def leaving(self, ends: Any, later: Any, segment: Any) -> tuple[jax.Array, ...]:
+        """The gradients that reach the end of a segment, from those after it."""
+        return self._fold("r", ends, later, self._geometry.segments - 1, self._geometry.segments - 1 - segment)
+
+    def _fold(self, name: str, ends: Any, values: Any, first: int, count: Any) -> tuple[jax.Array, ...]:
+        """The states after `count` segments, from number `first` on: upwards from 0, downwards from the last."""
+        start, last = self.zero_states(name), self._geometry.segments - 1
+        if ends is None:
+            return start
+
+        def group(number: Any, x: jax.Array, i: Any) -> jax.Array:
+            steps = [number * _FOLDED + k for k in range(_FOLDED)]
+            segments = [jnp.minimum(step, last) for step in steps]
+            segments = [first - segment if first else segment for segment in segments]
+            counted = [jnp.where(step < count, 1.0, 0.0) for step in steps]
+            totals = [ends[self.image, segment, self._geometry.states, self.channels] for segment in segments]
+            added = [values[self.image, segment, i, self.channels] for segment in segments]
+            kept = decays([total * keep for total, keep in zip(totals, counted, strict=True)], self.a(i))
+            for keep, value, factor in zip(kept, added, counted, strict=True):
+                x = keep * x + value * factor
+            return x
+
+        groups = lax.div(count + _FOLDED - 1, _FOLDED)
+
+        def fold(i: Any, carry: Any) -> Any:
+            x = lax.fori_loop(0, groups, lambda number, x: group(number, x, i), self.full(0.0))
+            return self.put(name, carry, i, x)
+
+        return self.each_state(fold, start)
+
+    # Sums over channels
+
+    def turn(self, at: Any, i: Any) -> Any:
+        """Which half of the buffer for sums takes state i of chunk `at`: never the half that was read last."""
+        return lax.rem(at * self._geometry.states + i, 2)
+
+    def sum_over_channels(
+        self, tiles: Tiles, visits: Visits, dBs: list[jax.Array], dCs: list[jax.Array], half: Any, target: Any
+    ) -> None:
+        """Sums vectors over their channels: `target` (sums,) gets the sums of dBs, then of dCs, by position."""
+        rows = self._scratch["sums"].at[half]
+        for position, dB, dC in zip(visits.positions, dBs, dCs, strict=True):
+            rows[position % tiles.chunk] = dB
+            rows[tiles.chunk + position % tiles.chunk] = dC
+        plgpu.commit_smem()
+        # A warp takes whole rows, a thread four neighbouring channels.
+        layout = plgpu.Layout.TILED(
+            plgpu.Tiling(((_WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+        )
+        target[...] = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
+
+    # Travel
+
+    def along_path(
+        self,
+        against: bool,
+        start: Callable[[Any], Any],
+        route: Callable[[int, Tiles, Any, Any, Any], Any],
+        finish: Callable[[Any, Any], None],
+    ) -> None:
+        """Travels along the block's segment: all routes, or a part of one.
+
+        Args:
+            against: against the direction of travel.
+            start: carry at the start of a segment.
+            route: takes (number of the route, its tiles, first step, number of steps, carry) to the next carry.
+            finish: takes the segment and the last carry.
+        """
+        g = self._geometry
+        if g.parts == 1:
+            carry = start(0)
+            for index in _ordered(len(g.routes), against):
+                carry = route(index, g.routes[index], 0, g.routes[index].count, carry)
+            finish(0, carry)
+            return
+        segment = lax.axis_index("segment")
+        for index, tiles in enumerate(g.routes):
+
+            @pl.when(lax.div(segment, g.parts) == index)
+            def _(index: int = index, tiles: Tiles = tiles) -> None:
+                size = -(-tiles.count // g.parts)
+                part = lax.rem(segment, g.parts)
+                first = jnp.minimum(part * size, tiles.count)
+                count = jnp.minimum(tiles.count - first, size)
+                if against:  # the same tiles, counted from the other end
+                    first = tiles.count - first - count
+                finish(segment, route(index, tiles, first, count, start(segment)))
+
+    def map_copy(self, tiles: Tiles, image: Any, buffer: Any) -> Copy:
+        """Of the block's channels of a map (h, w, d)."""
+
+        def device(tile: Any) -> Any:
+            row, column = tiles.corner(tile)
+            return image.at[pl.ds(row, tiles.box[0]), pl.ds(column, tiles.box[1]), self.channels]
+
+        def shared(slot: Any) -> Any:
+            return buffer.at[slot, pl.ds(0, tiles.positions)].reshape(*tiles.box, self._geometry.block)
+
+        return Copy(device, shared)
+
+    def inputs(self, index: int) -> list[Copy]:
+        """Of u, delta, B and C, on route `index`."""
+        tiles, first = self._geometry.routes[index], self._geometry.first_tile[index]
+        return [
+            self.map_copy(tiles, self._operands.u.at[self.image], self._scratch["u"]),
+            self.map_copy(tiles, self._operands.delta.at[self.image], self._scratch["delta"]),
+            Copy(
+                lambda tile: self._operands.BC.at[self.image, first + tile], lambda slot: self._scratch["BC"].at[slot]
+            ),
+        ]
+
+    def states_copy(self, index: int, states: Any) -> Copy:
+        """Of the states that were kept of route `index`."""
+        chunks, first = self._geometry.routes[index].chunks, self._geometry.first_chunk[index]
+        return Copy(
+            lambda tile: states.at[self.image, pl.ds(first + tile * chunks, chunks), :, self.channels],
+            lambda slot: self._scratch["states"].at[slot, pl.ds(0, chunks)],
+        )
+
+    def walk(
+        self,
+        tiles: Tiles,
+        against: bool,
+        first: Any,
+        count: Any,
+        inputs: Sequence[Copy],
+        outputs: Sequence[Copy],
+        body: Callable[[Any, Any, Any, Any], Any],
+        carry: Any,
+    ) -> Any:
+        """Visits `count` tiles from the `first` on, with copies to and from shared memory under way meanwhile.
+
+        `body` takes (tile, slot of the inputs, slot of the outputs, carry) to the next carry.
+        """
+        stages, ready = self._geometry.stages, self._scratch["ready"]
+        backwards = tiles.reversed != against
+
+        def tile_at(step: Any) -> Any:
+            return tiles.count - 1 - first - step if backwards else first + step
+
+        def fetch(step: Any) -> None:
+            slot = lax.rem(step, stages)
+            for copy in inputs:
+                plgpu.copy_gmem_to_smem(copy.device(tile_at(step)), copy.shared(slot), ready.at[slot])
+
+        def visit(step: Any, carry: Any) -> Any:
+            slot, out = lax.rem(step, stages), lax.rem(step, 2)
+            plgpu.barrier_wait(ready.at[slot])
+            if outputs:
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            carry = body(tile_at(step), slot, out, carry)
+            plgpu.commit_smem()  # the outputs are written, and every thread is done with the inputs
+            for copy in outputs:
+                last = copy is outputs[-1]
+                plgpu.copy_smem_to_gmem(copy.shared(out), copy.device(tile_at(step)), commit_group=last)
+            pl.when(step + stages < count)(lambda: fetch(step + stages))
+            return carry
+
+        for step in range(stages):
+            pl.when(step < count)(functools.partial(fetch, jnp.int32(step)))
+        carry = lax.fori_loop(0, count, visit, carry)
+        if outputs:
+            plgpu.wait_smem_to_gmem(0)
+        return carry
+
+
+def _ordered(count: int, backwards: bool) -> range:
+    return range(count - 1, -1, -1) if backwards else range(count)
+
+
+def input_buffer(geometry: Geometry, dtype: Any) -> Any:
+    """For tiles of a map that come in."""
+    return plgpu.SMEM((geometry.stages, geometry.positions, geometry.block), dtype)
+
+
+def output_buffer(geometry: Geometry, dtype: Any) -> Any:
+    """For tiles of a map that go out, while the next is written."""
+    return plgpu.SMEM((2, geometry.positions, geometry.block), dtype)
+
+
+def input_buffers(geometry: Geometry, operands: Operands) -> dict[str, Any]:
+    """What every kernel needs."""
+    return {
+        "u": input_buffer(geometry, operands.u.dtype),
+        "delta": input_buffer(geometry, operands.delta.dtype),
+        "BC": plgpu.SMEM((geometry.stages, geometry.packed // ROW, ROW), jnp.float32),
+        **state_buffers(geometry, "A"),
+    }
+
+
+def state_buffers(geometry: Geometry, *names: str) -> dict[str, Any]:
+    """Where values for each state are kept, unless they are in registers."""
+    if geometry.states == 1:
+        return {}
+    return {name: plgpu.SMEM((geometry.states, geometry.block), jnp.float32) for name in names}
+
+
+def kernel(
+    geometry: Geometry, body: Callable[..., None], out_type: Any, buffers: dict[str, Any], *, inputs: int = 3
+) -> Callable[..., Any]:
+    """A kernel with a block for each image, block of channels and segment.
+
+    Args:
+        geometry: of the problem.
+        body: takes references to the arrays and results, and those to the buffers as the dictionary `scratch`.
+        out_type: of the results.
+        buffers: in shared memory.
+        inputs: copies that fill a slot of the inputs' buffers.
+    """
+    scratch = buffers | {"ready": plgpu.Barrier(num_arrivals=inputs, num_barriers=geometry.stages)}
+    return plgpu.kernel(
+        lambda *refs, **scratch: body(*refs, scratch=scratch),
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(geometry.blocks, geometry.batch, geometry.segments),
+        grid_names=("channels", "image", "segment"),
+        compiler_params=_PARAMETERS,
+    )
