@@ -1,6 +1,18 @@
 """The selective scan of Mamba (Gu and Dao, arXiv:2312.00752, algorithm 2) over sequences and over 2D maps."""
 
-from msvmamba_jax.kernels.selective_scan.api import implementations, selective_scan, selective_scan_2d
+from msvmamba_jax.kernels.selective_scan.api import selective_scan, selective_scan_2d
 from msvmamba_jax.kernels.selective_scan.routes import Route
+from msvmamba_jax.kernels.selective_scan.selection import (
+    available_implementations,
+    implementations,
+    requested_implementation,
+)
 
-__all__ = ["Route", "implementations", "selective_scan", "selective_scan_2d"]
+__all__ = [
+    "Route",
+    "available_implementations",
+    "implementations",
+    "requested_implementation",
+    "selective_scan",
+    "selective_scan_2d",
+]

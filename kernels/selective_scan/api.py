@@ -1,29 +1,17 @@
-"""The selective scan as users call it: checks, choice of the implementation, and the derivative."""
+"""The selective scan as users call it: checks, and the derivative."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from msvmamba_jax.kernels.selective_scan import xla
+from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.routes import ROUTES, Route, ScanInputs
-
-
-class _Implementation(NamedTuple):
-    forward: Callable[[ScanInputs, tuple[Route, ...]], tuple[jax.Array, Any]]
-    backward: Callable[[Any, jax.Array, tuple[Route, ...]], ScanInputs]
-
-
-_IMPLEMENTATIONS = {"xla": _Implementation(xla.forward, xla.backward)}
-
-
-def implementations() -> tuple[str, ...]:
-    """Names that `implementation=` accepts."""
-    return tuple(_IMPLEMENTATIONS)
+from msvmamba_jax.kernels.selective_scan.selection import choose, load
 
 
 def selective_scan_2d(
@@ -58,14 +46,18 @@ def selective_scan_2d(
         D: skip connection (d,); none by default.
         delta_bias: (d,); none by default.
         routes: orders of travel, each `row`, `row_reversed`, `column` or `column_reversed`.
-        implementation: a name from `implementations()`, or None for the best one that runs here.
+        implementation: a name from `implementations()`. None: the one that the environment variable MSVMAMBA_SCAN names
+            when the program is traced or else the fastest that runs on the default device (`jax.default_device`, or
+            a device of the default backend); always `xla` for float64. A program for the CPU of a machine with a GPU
+            must therefore ask for `xla`, or be traced with a CPU as the default device.
 
     Returns:
         y (b, len(routes), h, w, d) in the dtype of `u`: for each route the output at every position *of the map*.
         The state is kept in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes do not fit together, an unknown route, or an implementation that cannot run here.
+        ValueError: shapes do not fit together, an unknown route, or an implementation that does not exist, cannot run
+            here or does not take these dtypes.
 
     Source: Gu and Dao, arXiv:2312.00752, algorithm 2, with the simplified (Euler) discretisation of B; chained routes
     as in MSVMamba, arXiv:2405.14174.
@@ -75,7 +67,8 @@ def selective_scan_2d(
     unknown = [route for route in routes if route not in ROUTES]
     if unknown or not routes:
         raise ValueError(f"routes must be one or more of {', '.join(ROUTES)}; got {list(routes)}")
-    return _scan(_choose(implementation), routes, inputs)
+    chosen = choose(implementation, float64=any(x.dtype == jnp.float64 for x in inputs))
+    return _scan(chosen, routes, ScanInputs(*vary_alike(inputs)))
 
 
 def selective_scan(
@@ -114,14 +107,6 @@ def selective_scan(
     return y[:, 0, 0]
 
 
-def _choose(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"no scan implementation {implementation!r}; there is {', '.join(_IMPLEMENTATIONS)}")
-    return implementation
-
-
 def _checked(
     u: jax.Array,
     delta: jax.Array,
@@ -154,15 +139,15 @@ def _checked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(implementation: str, routes: tuple[Route, ...], inputs: ScanInputs) -> jax.Array:
-    return _IMPLEMENTATIONS[implementation].forward(inputs, routes)[0]
+    return load(implementation).run(inputs, routes)
 
 
 def _scan_forward(implementation: str, routes: tuple[Route, ...], inputs: ScanInputs) -> tuple[jax.Array, Any]:
-    return _IMPLEMENTATIONS[implementation].forward(inputs, routes)
+    return load(implementation).forward(inputs, routes)
 
 
 def _scan_backward(implementation: str, routes: tuple[Route, ...], residuals: Any, dy: jax.Array) -> tuple[ScanInputs]:
-    return (_IMPLEMENTATIONS[implementation].backward(residuals, dy, routes),)
+    return (load(implementation).backward(residuals, dy, routes),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -8,8 +8,8 @@ that each segment leaves when entered with zero and the sum of its step sizes, f
 kernel works out the state that enters its segment.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
-between are recomputed. Sums over channels (for B and C) are taken within a block and finished outside, as are the sums
-over blocks of channels, routes, segments and images.
+between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
+by a position again. Sums over channels (for B and C) are taken within a block; those over blocks and images outside.
 """
 
 from __future__ import annotations
@@ -71,10 +71,34 @@ def heuristic(problem: Problem, device: Device) -> Config:
     for share in (_SHARED_MEMORY // 2 - 1024, _SHARED_MEMORY):
         for stages in (4, 3, 2):
             config = dataclasses.replace(config, stages=stages)
-            geometry = _geometry(problem, ("row", "column"), config)
+            geometry = _geometry(problem, _both_ways(problem), config)
             if mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward") <= share:
                 return config
     return config
+
+
+def candidates(problem: Problem, device: Device) -> list[Config]:
+    """Configurations worth measuring; the backward takes everything but its stages from the forward's."""
+    start = heuristic(problem, device)
+    found = [dataclasses.replace(start, stages=stages) for stages in (2, 3, 4, 6)]
+    if problem.direction == "forward":
+        parts = {start.parts, *(p for p in (start.parts // 2, start.parts * 2) if start.parts > 1 and p > 1)}
+        found = [
+            dataclasses.replace(config, block=block, positions=positions, parts=p)
+            for config in found
+            for block in (128, 256)
+            for positions in (16, 32)
+            for p in sorted(parts)
+        ]
+    backward = problem.direction == "backward"
+    geometries = ((config, _geometry(problem, _both_ways(problem), config)) for config in found)
+    return [c for c, g in geometries if mosaic_block.shared_bytes(g, backward=backward) <= _SHARED_MEMORY]
+
+
+def _both_ways(problem: Problem) -> tuple[Route, ...]:
+    """Routes that need as much shared memory as any so many."""
+    routes: tuple[Route, ...] = ("row", "column")
+    return routes * -(-problem.routes // 2)
 
 
 class Residuals(NamedTuple):
@@ -187,13 +211,20 @@ def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, rout
 
 
 def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:
+    route_tiles = tuple(tiles(route, problem.height, problem.width, config.positions) for route in routes)
+    channels = problem.channels + -problem.channels % _WORD
+    block = config.block
+    if channels == block and not all(route.exact for route in route_tiles):
+        # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the map's edge would
+        # fall on the next row. No box is contiguous if blocks are wider or narrower than the map.
+        block = 3 * mosaic_block.THREADS - block
     return mosaic_block.Geometry(
-        routes=tuple(tiles(route, problem.height, problem.width, config.positions) for route in routes),
+        routes=route_tiles,
         batch=problem.batch,
         height=problem.height,
         width=problem.width,
-        channels=problem.channels + -problem.channels % _WORD,
-        block=config.block,
+        channels=channels,
+        block=block,
         states=problem.states,
         stages=config.stages,
         parts=config.parts,

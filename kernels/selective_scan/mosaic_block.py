@@ -64,6 +64,14 @@ class Geometry:
         return len(self.routes) * self.parts if self.parts > 1 else 1
 
     @property
+    def merges(self) -> bool:
+        """Whether the backward adds up the gradients of u and delta over routes as it goes.
+
+        A block that takes the whole path comes by each position once for each route.
+        """
+        return len(self.routes) > 1 and self.parts == 1
+
+    @property
     def positions(self) -> int:
         """Of the largest tile."""
         return max(route.positions for route in self.routes)
@@ -104,7 +112,8 @@ def shared_bytes(geometry: Geometry, *, backward: bool) -> int:
     values = 0 if g.states == 1 else g.states * vector  # of one kind, for each state
     if not backward:
         return g.stages * (2 * tile + 4 * g.packed) + 2 * tile + 2 * values
-    inputs = 3 * tile + 4 * g.packed + g.chunks * g.states * vector
+    maps = 5 if g.merges else 3
+    inputs = maps * tile + 4 * g.packed + g.chunks * g.states * vector
     return g.stages * inputs + 4 * tile + 2 * g.sums * vector + 3 * values
 
 
@@ -190,6 +199,11 @@ class Block:
     def dys(self, tiles: Tiles, slot: Any, visits: Visits) -> list[jax.Array]:
         """The gradients of y."""
         return [self._scratch["dy"][slot, tiles.place(p)].astype(jnp.float32) for p in visits.positions]
+
+    def plus(self, xs: Sequence[jax.Array], name: str, tiles: Tiles, slot: Any, visits: Visits) -> list[jax.Array]:
+        """The vectors, each plus the one of its position in another input."""
+        places = [tiles.place(position) for position in visits.positions]
+        return [x + self._scratch[name][slot, p].astype(jnp.float32) for x, p in zip(xs, places, strict=True)]
 
     # Values for each state: carried in registers if there is one, in shared memory otherwise
 
@@ -323,7 +337,7 @@ class Block:
                 finish(segment, route(index, tiles, first, count, start(segment)))
 
     def map_copy(self, tiles: Tiles, image: Any, buffer: Any) -> Copy:
-        """Of the block's channels of a map (h, w, d)."""
+        """Of the block's channels of a map (h, w, d). What lies outside the map reads as zero and is not written."""
 
         def device(tile: Any) -> Any:
             row, column = tiles.corner(tile)
@@ -368,7 +382,7 @@ class Block:
 
         `body` takes (tile, slot of the inputs, slot of the outputs, carry) to the next carry.
         """
-        stages, ready = self._geometry.stages, self._scratch["ready"]
+        stages, ready = self._geometry.stages, self._scratch[_barrier(len(inputs))]
         backwards = tiles.reversed != against
 
         def tile_at(step: Any) -> Any:
@@ -432,7 +446,7 @@ def state_buffers(geometry: Geometry, *names: str) -> dict[str, Any]:
 
 
 def kernel(
-    geometry: Geometry, body: Callable[..., None], out_type: Any, buffers: dict[str, Any], *, inputs: int = 3
+    geometry: Geometry, body: Callable[..., None], out_type: Any, buffers: dict[str, Any], *, inputs: Sequence[int]
 ) -> Callable[..., Any]:
     """A kernel with a block for each image, block of channels and segment.
 
@@ -441,14 +455,19 @@ def kernel(
         body: takes references to the arrays and results, and those to the buffers as the dictionary `scratch`.
         out_type: of the results.
         buffers: in shared memory.
-        inputs: copies that fill a slot of the inputs' buffers.
+        inputs: numbers of inputs with which `body` walks.
     """
-    scratch = buffers | {"ready": plgpu.Barrier(num_arrivals=inputs, num_barriers=geometry.stages)}
+    barriers = {_barrier(n): plgpu.Barrier(num_arrivals=n, num_barriers=geometry.stages) for n in inputs}
     return plgpu.kernel(
         lambda *refs, **scratch: body(*refs, scratch=scratch),
         out_type=out_type,
-        scratch_types=scratch,
+        scratch_types=buffers | barriers,
         grid=(geometry.blocks, geometry.batch, geometry.segments),
         grid_names=("channels", "image", "segment"),
         compiler_params=_PARAMETERS,
     )
+
+
+def _barrier(inputs: int) -> str:
+    """Of the slots that so many copies fill."""
+    return f"{inputs} inputs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
 
     arrays = operands if ends is None else (*operands, ends)
     buffers = input_buffers(g, operands) | state_buffers(g, "h") | {"y": output_buffer(g, g.dtype)}
-    return kernel(g, body, out_type, buffers)(*arrays)
+    return kernel(g, body, out_type, buffers, inputs=[3])(*arrays)
 
 
 def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
@@ -113,7 +114,7 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
 
         block.along_path(False, lambda segment: (block.zero_states("h"), block.full(0.0)), route, finish)
 
-    return kernel(g, body, out_type, input_buffers(g, operands) | state_buffers(g, "h"))(*operands)
+    return kernel(g, body, out_type, input_buffers(g, operands) | state_buffers(g, "h"), inputs=[3])(*operands)
 
 
 def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) -> jax.Array:
@@ -155,7 +156,7 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
         block.along_path(True, lambda segment: block.zero_states("r"), route, finish)
 
     buffers = input_buffers(g, operands) | state_buffers(g, "r") | {"dy": input_buffer(g, dy.dtype)}
-    return kernel(g, body, out_type, buffers, inputs=4)(*operands, dy)
+    return kernel(g, body, out_type, buffers, inputs=[4])(*operands, dy)
 
 
 def scan_backward(
@@ -177,12 +178,12 @@ def scan_backward(
         later: of `later_segment_ends` if the path is cut.
 
     Returns:
-        du and ddelta (b, routes, h, w, d) in their dtypes, dBC (b, blocks of channels, chunks of the path, n, sums)
-        with the gradients of B, then those of C at a chunk's positions, and (b, segments, n + 2, lanes) with those of
-        A, D and the bias; all but the maps in float32.
+        du and ddelta (b, 1, h, w, d) in their dtypes, or (b, routes, h, w, d) if the path is cut; dBC (b, blocks of
+        channels, chunks of the path, n, sums) with the gradients of B, then those of C at a chunk's positions; and
+        (b, segments, n + 2, lanes) with those of A, D and the bias. All but the maps in float32.
     """
     g = geometry
-    maps = (g.batch, len(g.routes), g.height, g.width, g.channels)
+    maps = (g.batch, 1 if g.merges else len(g.routes), g.height, g.width, g.channels)
     out_type = [
         result_shape(maps, g.dtype, operands.u),
         result_shape(maps, operands.delta.dtype, operands.u),
@@ -198,6 +199,8 @@ def scan_backward(
         du_ref, ddelta_ref, dBC_ref, dparameters_ref = refs[-4:]
 
         def route(index: int, tiles: Tiles, first: Any, count: Any, carry: Any) -> Any:
+            adds = g.merges and index < len(g.routes) - 1  # to what the routes after this one gave
+
             def tile(number: Any, slot: Any, out: Any, carry: Any) -> Any:
                 r, dA, dD, dbias = carry
                 for chunk, visits in block.visits_by_chunk(tiles, slot, not tiles.reversed):
@@ -223,7 +226,7 @@ def scan_backward(
                         dA = block.put("dA", dA, i, block.get("dA", dA, i) + part.dA)
                         return block.put("r", r, i, part.r), dA, dus, dsteps
 
-                    dus = tuple(block.D * dy for dy in dys)
+                    dus: Sequence[Any] = tuple(block.D * dy for dy in dys)
                     dsteps = tuple(block.full(0.0) for _ in dys)
                     r, dA, dus, dsteps = block.each_state(state, (r, dA, dus, dsteps))
                     slopes = softplus_slopes(raws, steps)
@@ -231,6 +234,9 @@ def scan_backward(
                     draws = block.masked(tiles, number, visits, draws)
                     dbias = sum(draws, dbias)
                     dD = sum((dy * u for dy, u in zip(dys, visits.us, strict=True)), dD)
+                    if adds:
+                        dus = block.plus(dus, "earlier du", tiles, slot, visits)
+                        draws = block.plus(draws, "earlier ddelta", tiles, slot, visits)
                     for position, du, draw in zip(visits.positions, dus, draws, strict=True):
                         scratch["du"][out, tiles.place(position)] = du.astype(scratch["du"].dtype)
                         scratch["ddelta"][out, tiles.place(position)] = draw.astype(scratch["ddelta"].dtype)
@@ -241,10 +247,12 @@ def scan_backward(
                 block.map_copy(tiles, dy_ref.at[block.image, index], scratch["dy"]),
                 block.states_copy(index, states_ref),
             ]
-            outputs = [
-                block.map_copy(tiles, du_ref.at[block.image, index], scratch["du"]),
-                block.map_copy(tiles, ddelta_ref.at[block.image, index], scratch["ddelta"]),
-            ]
+            of_route = 0 if g.merges else index
+            du, ddelta = (ref.at[block.image, of_route] for ref in (du_ref, ddelta_ref))
+            outputs = [block.map_copy(tiles, du, scratch["du"]), block.map_copy(tiles, ddelta, scratch["ddelta"])]
+            if adds:
+                inputs.append(block.map_copy(tiles, du, scratch["earlier du"]))
+                inputs.append(block.map_copy(tiles, ddelta, scratch["earlier ddelta"]))
             return block.walk(tiles, True, first, count, inputs, outputs, tile, carry)
 
         def start(segment: Any) -> Any:
@@ -268,5 +276,8 @@ def scan_backward(
         "ddelta": output_buffer(g, operands.delta.dtype),
         "sums": plgpu.SMEM((2, g.sums, g.block), jnp.float32),
     }
+    if g.merges:
+        buffers["earlier du"] = input_buffer(g, g.dtype)
+        buffers["earlier ddelta"] = input_buffer(g, operands.delta.dtype)
     more = (ends, later) if cut else ()
-    return tuple(kernel(g, body, out_type, buffers, inputs=5)(*operands, dy, states, *more))
+    return tuple(kernel(g, body, out_type, buffers, inputs=[5, 7] if g.merges else [5])(*operands, dy, states, *more))

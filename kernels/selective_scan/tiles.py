@@ -98,12 +98,12 @@ class Tiles:
 
 
 def tiles(route: Route, height: int, width: int, target: int) -> Tiles:
-    """Tiles of about `target` positions that hold as few positions outside the map as possible."""
+    """Tiles of about `target` positions, at least two, that hold as few positions outside the map as possible."""
     length, lines = (width, height) if along_rows(route) else (height, width)
     if length == 1:  # such lines in a row are one line across
         length, lines = lines, length
         route = ACROSS[route]
-    span = _span(length, target)
+    span = max(2, _span(length, target)) if lines == 1 else _span(length, target)
     depth = min(lines, max(1, target // span)) if span >= length else 1
     depth = -(-lines // -(-lines // depth))  # as many tiles, more evenly filled
     return Tiles(route, length, lines, span, depth, chunk=span // -(-span // LONGEST_CHUNK))

@@ -27,6 +27,16 @@ class Residuals(NamedTuple):
     inputs: ScanInputs
 
 
+def unavailable() -> str | None:
+    """Why this cannot run here: it always can."""
+    return None
+
+
+def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
+    """As `forward`, without residuals."""
+    return forward(inputs, routes)[0]
+
+
 def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, Residuals]:
     """Scans the map along `routes`, one recurrence through all of them.
 

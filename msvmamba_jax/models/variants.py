@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.kernels.selective_scan import implementations
+from msvmamba_jax.kernels.selective_scan import requested_implementation
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
 
@@ -98,11 +98,13 @@ def create_model(
         A Flax NNX module: `model(images)` gives logits, `model.features(images)` four maps.
 
     Raises:
-        InputError: an unknown name, or options that make no model.
+        InputError: an unknown name, options that make no model, or a scan implementation that cannot run here.
     """
     config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
-    if scan_implementation not in (None, *implementations()):
-        raise InputError(f"no scan implementation {scan_implementation!r}; there is {', '.join(implementations())}")
+    try:
+        requested_implementation(scan_implementation)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return Classifier(
         config,
         num_classes=num_classes,

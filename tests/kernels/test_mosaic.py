@@ -229,15 +229,31 @@ class TestHeuristic:
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     @pytest.mark.parametrize("states", [1, 16])
+    @pytest.mark.parametrize("routes", [("column",), HALF])
     @pytest.mark.parametrize("shape", [(128, 56, 56, 192), (128, 7, 7, 768), (2, 5, 3, 20), (1, 200, 336, 96)])
-    def test_shared_memory_suffices(self, direction, dtype, states, shape):
-        asked = problem(direction, *shape, states=states, dtype=dtype)
+    def test_shared_memory_suffices(self, direction, dtype, states, routes, shape):
+        asked = problem(direction, *shape, states=states, routes=len(routes), dtype=dtype)
         config = mosaic.heuristic(asked, H100)
-        geometry = mosaic._geometry(asked, HALF, config)
+        geometry = mosaic._geometry(asked, routes, config)
         used = mosaic_block.shared_bytes(geometry, backward=direction == "backward")
         assert used <= 227 * 1024
         if states == 1 and dtype == "bfloat16":
             assert used <= 227 * 1024 // 2  # two blocks to a multiprocessor
+
+    @pytest.mark.parametrize("shape", [(2, 1, 1, 8), (2, 1, 1, 128), (1, 13, 25, 128), (1, 7, 7, 128), (1, 25, 9, 256)])
+    @pytest.mark.parametrize("block", [128, 256])
+    def test_no_store_reaches_over_the_edge(self, shape, block):
+        """A contiguous box would be written as one piece, over the edge of the map or of its channels."""
+        config = mosaic.Config(block, 16, 2, 1)
+        geometry = mosaic._geometry(problem("forward", *shape, routes=3), HALF, config)
+        for tiling in geometry.routes:
+            sizes, strides = (*tiling.box, geometry.block), (shape[2] * geometry.channels, geometry.channels, 1)
+            expected, contiguous = 1, True
+            for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
+                contiguous &= size == 1 or stride == expected
+                expected *= size
+            inside = tiling.exact and geometry.channels % geometry.block == 0
+            assert inside or not contiguous, tiling
 
     def test_large_batches_stay_whole(self):
         assert mosaic.heuristic(problem("forward", 128, 56, 56, 96), H100).parts == 1

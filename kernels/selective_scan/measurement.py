@@ -1,0 +1,216 @@
+"""How the scripts measure a scan: random inputs, calls one after another, the time of one, the difference of results.
+
+See `docs/selective_scan.md` for the reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msvmamba_jax.kernels.selective_scan.api import selective_scan_2d
+from msvmamba_jax.kernels.selective_scan.config import local_device
+from msvmamba_jax.kernels.selective_scan.costs import SPECIAL_FUNCTIONS_PER_CLOCK
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
+from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
+
+Function = Callable[..., Any]
+Arguments = tuple[Any, ...]
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
+"""Relative L2 difference between two implementations, each of which rounds its results to that dtype."""
+
+_CACHE_BYTES = 200e6  # four times the L2 cache of an H100
+_MOST_SETS = 1024
+_SHORT_CALL = 2e-4  # seconds; the host needs a part of it to start one executable
+_EXECUTION_SECONDS = 1e-3
+_MOST_CALLS = 32  # of one executable; each is compiled
+_REPEAT_SECONDS = 0.02
+
+
+class Example(NamedTuple):
+    """One set of inputs, and the gradient of the output."""
+
+    inputs: ScanInputs
+    dy: jax.Array  # (b, routes, h, w, d)
+
+
+class Measurement(NamedTuple):
+    """What `measure` found.
+
+    Attributes:
+        milliseconds: of one call.
+        first_call_seconds: of the very first one, which compiles.
+        calls: of one executable.
+        sets: of arguments, used in turn.
+        result: of the first set.
+    """
+
+    milliseconds: float
+    first_call_seconds: float
+    calls: int
+    sets: int
+    result: Any
+
+
+def examples(shape: ScanShape, dtype: str, bytes_per_call: int) -> list[Example]:
+    """Random inputs of a scan, so many that a GPU's cache does not hold them from one use to the next.
+
+    Step sizes (0.02 to 0.3) let a state live for tens of positions. All sets share A, D and delta_bias.
+    """
+    count = 1
+    if jax.devices()[0].platform == "gpu":
+        count = min(_MOST_SETS, math.ceil(_CACHE_BYTES / bytes_per_call))
+    maps = (shape.batch, shape.height, shape.width)
+    channels, states = shape.channels, shape.states
+
+    @jax.jit
+    def draw_parameters(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys = jax.random.split(key, 3)
+        A = -jnp.exp(0.5 * jax.random.normal(keys[0], (channels, states), jnp.float32))
+        D = jax.random.normal(keys[1], (channels,), jnp.float32)
+        return A, D, jax.random.uniform(keys[2], (channels,), jnp.float32, -4.0, -2.0)
+
+    @jax.jit
+    def draw_maps(key: jax.Array) -> list[jax.Array]:
+        of_channels, of_states = (*maps, channels), (*maps, states)
+        dy = (shape.batch, len(shape.routes), *maps[1:], channels)
+        parts = [of_channels, of_channels, of_states, of_states, dy]
+        keys = jax.random.split(key, len(parts))
+        return [jax.random.normal(key, part, dtype) for key, part in zip(keys, parts, strict=True)]
+
+    A, D, delta_bias = draw_parameters(jax.random.key(0))
+    sets = []
+    for index in range(count):
+        u, delta, B, C, dy = draw_maps(jax.random.key(1 + index))
+        sets.append(Example(ScanInputs(u, delta, A, B, C, D, delta_bias), dy))
+    return sets
+
+
+def workload(
+    direction: Literal["forward", "saving", "backward"],
+    shape: ScanShape,
+    implementation: str,
+    sets: Sequence[Example],
+) -> tuple[Function, list[Arguments]]:
+    """What to measure: a function to be jitted, and sets of arguments for it.
+
+    `forward` is the call as inference makes it; `saving` the forward of training, which also returns what it keeps
+    for the backward beside its inputs; `backward` the function that `jax.vjp` returns, alone. That function is a tree
+    of arrays (what the forward kept), so it can be the result of one jitted function and an argument of another.
+    """
+
+    def scan(inputs: ScanInputs) -> jax.Array:
+        return selective_scan_2d(*inputs, routes=shape.routes, implementation=implementation)
+
+    def save(inputs: ScanInputs) -> list[jax.Array]:
+        y, pull_back = jax.vjp(scan, inputs)
+        # Inputs that are kept are there already; returned from a jitted function they would be copied.
+        return [y, *(kept for kept in jax.tree.leaves(pull_back) if not any(kept is x for x in inputs))]
+
+    if direction == "backward":
+        keep = jax.jit(lambda inputs: jax.vjp(scan, inputs)[1])
+        return lambda pull_back, dy: pull_back(dy)[0], [(keep(inputs), dy) for inputs, dy in sets]
+    return scan if direction == "forward" else save, [(inputs,) for inputs, _ in sets]
+
+
+def measure(function: Function, sets: Sequence[Arguments], repeats: int) -> Measurement:
+    """Times a function that is to be jitted, on sets of arguments in turn.
+
+    On a GPU a call that takes less than about 0.2 ms is timed as a part of one executable that makes up to 32 calls,
+    one after another, each on a set of its own: what is timed is the GPU, not Python that starts executables.
+    """
+    one = jax.jit(function)
+    began = time.perf_counter()
+    result = jax.block_until_ready(one(*sets[0]))
+    first_call_seconds = time.perf_counter() - began
+    seconds, calls = median_seconds(_in_rotation(one, sets), 1), 1
+    if jax.devices()[0].platform == "gpu" and seconds < _SHORT_CALL:
+        calls = min(len(sets), _MOST_CALLS, math.ceil(_EXECUTION_SECONDS / seconds))
+    if calls == 1:
+        seconds = median_seconds(_in_rotation(one, sets), repeats)
+    else:
+        groups = [(sets[i : i + calls],) for i in range(0, len(sets) - calls + 1, calls)]
+        seconds = median_seconds(_in_rotation(one_after_another(one), groups), repeats) / calls
+    return Measurement(1e3 * seconds, first_call_seconds, calls, len(sets), result)
+
+
+def one_after_another(function: Function) -> Function:
+    """A jitted function of several sets of arguments that calls `function` with each: a list of the results' leaves.
+
+    The sets must differ, lest XLA merges equal calls. A GPU works them off one after another.
+    """
+
+    @jax.jit
+    def call_all(sets: Sequence[Arguments]) -> list[list[jax.Array]]:
+        return [jax.tree.leaves(function(*arguments)) for arguments in sets]
+
+    return call_all
+
+
+def median_seconds(execute: Callable[[], Any], repeats: int) -> float:
+    """Seconds of `execute()`, compiled already: the median of repeats, each of many executions in a row.
+
+    On a GPU executions are started without waiting in between, and waited for once, at the end. Nothing is subtracted.
+    """
+    # A CPU may work on several executions at once.
+    wait = jax.block_until_ready if jax.devices()[0].platform == "cpu" else lambda result: result
+
+    def elapsed(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            result = wait(execute())
+        jax.block_until_ready(result)
+        return time.perf_counter() - began
+
+    count = 1
+    while (seconds := elapsed(count)) < _REPEAT_SECONDS:
+        count = math.ceil(count * min(10.0, max(1.5, 1.1 * _REPEAT_SECONDS / seconds)))
+    return statistics.median(elapsed(count) / count for _ in range(repeats))
+
+
+def _in_rotation(function: Function, sets: Sequence[Arguments]) -> Callable[[], Any]:
+    turn: Iterator[Arguments] = itertools.cycle(sets)
+    return lambda: function(*next(turn))
+
+
+@jax.jit
+def relative_error(found: Any, expected: Any) -> jax.Array:
+    """The largest relative L2 difference among the arrays of two trees; NaN if there is one."""
+
+    def error(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(x - y)) / jnp.sum(jnp.square(y)))
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(error, found, expected))))
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes per second, read and written, of x + 1 on a large array: what this device's memory can do."""
+    size = 2**30 if jax.devices()[0].platform == "gpu" else 2**27
+    x = jnp.arange(size // 4, dtype=jnp.float32)
+    add_one = jax.jit(lambda x: x + 1.0)
+    jax.block_until_ready(add_one(x))
+    return 2 * size / median_seconds(functools.partial(add_one, x), repeats)
+
+
+def special_function_rate() -> float | None:
+    """Exponentials per second at the GPU's highest clock; None where there is no NVIDIA GPU to ask."""
+    if jax.devices()[0].platform != "gpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        megahertz = float(output.splitlines()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return 1e6 * megahertz * SPECIAL_FUNCTIONS_PER_CLOCK * local_device().multiprocessors

@@ -1,0 +1,89 @@
+"""The choice of launch configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from msvmamba_jax.kernels.selective_scan import config
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, forced
+
+PROBLEM = Problem("forward", 2, 7, 9, 64, 1, 3, "bfloat16")
+OTHER = dataclasses.replace(PROBLEM, direction="backward")
+DEVICE = Device("a GPU", 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    channels: int
+    stages: int = 2
+
+
+def heuristic(problem: Problem, device: Device) -> Config:
+    return Config(problem.channels)
+
+
+def chosen(problem: Problem = PROBLEM, backend: str = "one") -> Config:
+    return choose(backend, problem, DEVICE, heuristic)
+
+
+def test_heuristic():
+    assert chosen() == Config(64)
+
+
+def test_measured_fields_override_the_heuristic(monkeypatch):
+    key = "forward bfloat16 2x7x9x64 states=1 routes=3"
+    assert PROBLEM.key == key
+    monkeypatch.setattr(config, "measured", lambda: {"a GPU": {"one": {key: {"stages": 5}}}})
+    assert chosen() == Config(64, 5)
+    assert chosen(OTHER) == Config(64)
+    assert chosen(backend="another") == Config(64)
+    assert choose("one", PROBLEM, Device("another GPU", 8), heuristic) == Config(64)
+    with forced("one", PROBLEM, Config(1)):
+        assert chosen() == Config(1)
+
+
+def test_the_file_can_be_read():
+    assert isinstance(config.measured(), dict)
+
+
+class TestForced:
+    def test_for_one_backend_and_problem_and_no_longer(self):
+        with forced("one", PROBLEM, Config(1)):
+            assert chosen() == Config(1)
+            assert chosen(OTHER) == Config(64)
+            assert chosen(backend="another") == Config(64)
+            with forced("one", OTHER, Config(2)), forced("one", PROBLEM, Config(3)):
+                assert [chosen(), chosen(OTHER)] == [Config(3), Config(2)]
+            assert [chosen(), chosen(OTHER)] == [Config(1), Config(64)]
+        assert chosen() == Config(64)
+
+    def test_ends_with_an_error(self):
+        with pytest.raises(ZeroDivisionError), forced("one", PROBLEM, Config(1)):
+            _ = 1 / 0
+        assert chosen() == Config(64)
+
+    def test_in_this_thread_only(self):
+        found = []
+        with forced("one", PROBLEM, Config(1)):
+            thread = threading.Thread(target=lambda: found.append(chosen()))
+            thread.start()
+            thread.join()
+            chosen()
+        assert found == [Config(64)]
+
+    def test_nobody_asked(self):
+        """A traced function does not ask again: what would be measured is another configuration."""
+        inner = jax.jit(lambda x: x * chosen().channels)
+        run = lambda: jax.jit(lambda x: inner(x))(jnp.ones((), jnp.int32))  # noqa: E731
+        assert run() == 64
+        unasked = pytest.raises(RuntimeError, match="nothing chose a configuration for forward")
+        with unasked, forced("one", PROBLEM, Config(1)):
+            assert run() == 64
+        jax.clear_caches()
+        with forced("one", PROBLEM, Config(1)):
+            assert run() == 1
