@@ -78,6 +78,16 @@ def heuristic(problem: Problem, device: Device) -> Config:
     return Config(channels=_LANES, unroll=unroll, parts=parts)
 
 
+def candidates(problem: Problem, device: Device) -> list[Config]:
+    """Configurations worth measuring."""
+    start = heuristic(problem, device)
+    parts = {start.parts} if start.parts == 1 else {max(1, start.parts // 2), start.parts, 2 * start.parts}
+    unrolls = sorted({start.unroll, max(2, start.unroll // 2)})
+    return [
+        Config(channels, unroll, p) for channels in (_LANES, 2 * _LANES) for unroll in unrolls for p in sorted(parts)
+    ]
+
+
 _LANES = 32
 _SHORTEST_SPLIT_ROUTE = 512  # below, the second launch costs more than it saves
 

@@ -271,16 +271,16 @@ class TestSelectiveScan:
         """Linear in the sequence, and a channel's states do not cost a map each."""
 
         def temporary_bytes(h: int, w: int, n: int) -> int:
-            inputs = jax.eval_shape(lambda: make_inputs(1, h, w, 64, n))
-            dy = jax.ShapeDtypeStruct((1, 3, h, w, 64), "float32")
+            inputs = jax.eval_shape(lambda: make_inputs(1, h, w, 128, n))
+            dy = jax.ShapeDtypeStruct((1, 3, h, w, 128), "float32")
             compiled = jitted_gradients.lower(inputs, dy, HALF, implementation).compile()
             return compiled.memory_analysis().temp_size_in_bytes
 
-        one_map = 4 * h * w * 64
+        one_map = 4 * h * w * 128
         base = temporary_bytes(h, w, 1)
         assert base < 40 * one_map
         assert temporary_bytes(h, 2 * w, 1) < 2.2 * base
-        assert temporary_bytes(h, w, 16) < 1.5 * base
+        assert temporary_bytes(h, w, 16) < base + 8 * one_map
 
     def test_sharded_batch_stays_where_it_is(self, implementation):
         """Four devices, each with its images: nothing but the gradients of A, D and the bias is exchanged."""
