@@ -5,7 +5,7 @@ other), its states in registers. Tiles of u and delta come in, and tiles of y go
 between device and shared memory that run ahead of the arithmetic; a route is only a rule for the next tile's address.
 Where images and channels are too few to fill the GPU, each route is cut into segments: a first kernel finds the state
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
-kernel works out the state that enters its segment.
+kernel works out the state that enters its segment. The backward does the same from both ends.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
@@ -36,23 +36,22 @@ _WORD = 8  # channels; the copy engine addresses 16 bytes
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernels of a problem are launched.
+    """How a kernel is launched.
+
+    What the forward keeps must not depend on it: on several devices XLA expects of each a part of what one would keep.
 
     Attributes:
-        block: channels of a block, 128 or 256 (one or two for each thread).
-        positions: of a tile, about.
         stages: tiles of the inputs that are in shared memory or on the way.
         parts: segments that each route is cut into; 1 leaves the path whole, in one launch.
     """
 
-    block: int
-    positions: int
     stages: int
     parts: int
 
 
 _SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that blocks can use
-_POSITIONS = 16  # one chunk to a tile: copies of 4 or 8 KiB
+_BLOCK = mosaic_block.THREADS  # channels
+_POSITIONS = 16  # of a tile, about: copies of 4 or 8 KiB
 
 
 def heuristic(problem: Problem, device: Device) -> Config:
@@ -62,37 +61,31 @@ def heuristic(problem: Problem, device: Device) -> Config:
     every second multiprocessor, since cutting it reads the inputs twice; otherwise each route is cut for two blocks to
     a multiprocessor, but into segments of four tiles at least.
     """
-    blocks = problem.batch * -(-problem.channels // mosaic_block.THREADS)
+    blocks = problem.batch * -(-problem.channels // _BLOCK)
     parts = 1
     if 2 * blocks < device.multiprocessors:
         wanted = -(-2 * device.multiprocessors // (blocks * problem.routes))
         parts = max(1, min(wanted, problem.height * problem.width // (4 * _POSITIONS)))
-    config = Config(mosaic_block.THREADS, _POSITIONS, stages=4, parts=parts)
+    choices = [Config(stages, parts) for stages in (4, 3, 2)]
     for share in (_SHARED_MEMORY // 2 - 1024, _SHARED_MEMORY):
-        for stages in (4, 3, 2):
-            config = dataclasses.replace(config, stages=stages)
-            geometry = _geometry(problem, _both_ways(problem), config)
-            if mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward") <= share:
+        for config in choices:
+            if _shared_bytes(problem, config) <= share:
                 return config
-    return config
+    return choices[-1]
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """Configurations worth measuring; the backward takes everything but its stages from the forward's."""
-    start = heuristic(problem, device)
-    found = [dataclasses.replace(start, stages=stages) for stages in (2, 3, 4, 6)]
-    if problem.direction == "forward":
-        parts = {start.parts, *(p for p in (start.parts // 2, start.parts * 2) if start.parts > 1 and p > 1)}
-        found = [
-            dataclasses.replace(config, block=block, positions=positions, parts=p)
-            for config in found
-            for block in (128, 256)
-            for positions in (16, 32)
-            for p in sorted(parts)
-        ]
-    backward = problem.direction == "backward"
-    geometries = ((config, _geometry(problem, _both_ways(problem), config)) for config in found)
-    return [c for c, g in geometries if mosaic_block.shared_bytes(g, backward=backward) <= _SHARED_MEMORY]
+    """Configurations worth measuring."""
+    parts = {heuristic(problem, device).parts}
+    if parts != {1}:
+        parts |= {part for start in parts for part in (start // 2, start * 2)}
+    found = (Config(stages, part) for stages in (2, 3, 4, 6) for part in sorted(parts))
+    return [config for config in found if _shared_bytes(problem, config) <= _SHARED_MEMORY]
+
+
+def _shared_bytes(problem: Problem, config: Config) -> int:
+    geometry = _geometry(problem, _both_ways(problem), config)
+    return mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward")
 
 
 def _both_ways(problem: Problem) -> tuple[Route, ...]:
@@ -106,7 +99,6 @@ class Residuals(NamedTuple):
 
     inputs: ScanInputs
     states: jax.Array  # see `mosaic_kernels.scan`
-    ends: jax.Array  # see `mosaic_kernels.segment_ends`; no segments if the path is whole
 
 
 def unavailable() -> str | None:
@@ -124,14 +116,14 @@ def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
 
 def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, Residuals]:
     """Scans the map along `routes`: y (b, routes, h, w, d) in the dtype of `inputs.u`, and the residuals."""
-    y, states, ends = _forward(inputs, routes, save=True)
-    return y, Residuals(inputs, states, ends)
+    y, states = _forward(inputs, routes, save=True)
+    return y, Residuals(inputs, states)
 
 
 def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> ScanInputs:
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
-    inputs, states, ends = residuals
-    arrays = (*_in_kernel_dtypes(inputs), states, ends, dy)
+    inputs, states = residuals
+    arrays = (*_in_kernel_dtypes(inputs), states, dy)
     du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays)
     n = inputs.A.shape[1]
     dparameters = jnp.sum(dparameters, axis=0)
@@ -165,36 +157,28 @@ def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
 
 
 def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """y; with `save` also the states and the ends of the segments."""
+    """y, and with `save` the states."""
     inputs = ScanInputs(*arrays)
     problem = _problem("forward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
     operands = _operands(inputs, geometry)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
-    y = y[..., : inputs.u.shape[-1]]
-    if not save:
-        return (y,)
-    if ends is None:
-        ends = jnp.zeros((geometry.batch, 0, geometry.states + 1, geometry.lanes), jnp.float32)
-    return y, states[0], ends
+    return (y[..., : inputs.u.shape[-1]], *states)
 
 
 def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """du, ddelta (b, h, w, d), dBC (b, h, w, 2n), and the gradients of A, D and the bias (b, n + 2, d)."""
     inputs = ScanInputs(*arrays[:7])
-    states, ends, dy = arrays[7:]
-    # The forward decided how the path is cut and what was kept of it.
+    states, dy = arrays[7:]
     problem = _problem("backward", inputs, routes)
-    forward = _config(_problem("forward", inputs, routes))
-    geometry = _geometry(problem, routes, dataclasses.replace(forward, stages=_config(problem).stages))
+    geometry = _geometry(problem, routes, _config(problem))
     operands, dy = _operands(inputs, geometry), _whole_words(dy)
+    ends = later = None
     if geometry.parts > 1:
+        ends = mosaic_kernels.segment_ends(geometry, operands)
         later = mosaic_kernels.later_segment_ends(geometry, operands, dy)
-        gradients = mosaic_kernels.scan_backward(geometry, operands, dy, states, ends, later)
-    else:
-        gradients = mosaic_kernels.scan_backward(geometry, operands, dy, states, None, None)
-    du, ddelta, dBC, dparameters = gradients
+    du, ddelta, dBC, dparameters = mosaic_kernels.scan_backward(geometry, operands, dy, states, ends, later)
     channels = inputs.u.shape[-1]
     du, ddelta = (_sum_over_routes(x)[..., :channels] for x in (du, ddelta))
     return du, ddelta, _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
@@ -211,13 +195,13 @@ def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, rout
 
 
 def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:
-    route_tiles = tuple(tiles(route, problem.height, problem.width, config.positions) for route in routes)
+    route_tiles = tuple(tiles(route, problem.height, problem.width, _POSITIONS) for route in routes)
     channels = problem.channels + -problem.channels % _WORD
-    block = config.block
+    block = _BLOCK
     if channels == block and not all(route.exact for route in route_tiles):
         # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the map's edge would
-        # fall on the next row. No box is contiguous if blocks are wider or narrower than the map.
-        block = 3 * mosaic_block.THREADS - block
+        # fall on the next row. No box is contiguous if blocks are wider than the map.
+        block = 2 * _BLOCK
     return mosaic_block.Geometry(
         routes=route_tiles,
         batch=problem.batch,

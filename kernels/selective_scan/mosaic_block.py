@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.recurrence import decays, softplus
+from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
 THREADS = 128  # of a warpgroup
@@ -191,10 +192,12 @@ class Block:
     def b_and_c(self, slot: Any, visits: Visits, i: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         """B and C of state i at each position, one float32 for all channels."""
         states = self._geometry.states
-        tile = self._scratch["BC"].at[slot].reshape(self._geometry.packed)
-        Bs = [tile[2 * states * position + i] for position in visits.positions]
-        Cs = [tile[2 * states * position + states + i] for position in visits.positions]
-        return Bs, Cs
+
+        def read(index: Any) -> jax.Array:
+            return self._scratch["BC"][slot, lax.div(index, ROW), lax.rem(index, ROW)]
+
+        first = [jnp.int32(2 * states * position) + i for position in visits.positions]
+        return [read(index) for index in first], [read(index + states) for index in first]
 
     def dys(self, tiles: Tiles, slot: Any, visits: Visits) -> list[jax.Array]:
         """The gradients of y."""
@@ -341,10 +344,15 @@ class Block:
 
         def device(tile: Any) -> Any:
             row, column = tiles.corner(tile)
+            if tiles.depth == 1 and along_rows(tiles.route):
+                return image.at[row, pl.ds(column, tiles.span), self.channels]
+            if tiles.depth == 1:
+                return image.at[pl.ds(row, tiles.span), column, self.channels]
             return image.at[pl.ds(row, tiles.box[0]), pl.ds(column, tiles.box[1]), self.channels]
 
         def shared(slot: Any) -> Any:
-            return buffer.at[slot, pl.ds(0, tiles.positions)].reshape(*tiles.box, self._geometry.block)
+            tile = buffer.at[slot, pl.ds(0, tiles.positions)]
+            return tile if tiles.depth == 1 else tile.reshape(*tiles.box, self._geometry.block)
 
         return Copy(device, shared)
 
