@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.recurrence import (
     LOG2_E,
@@ -320,6 +320,52 @@ def test_what_is_kept_does_not_depend_on_the_batch(shape):
         return [x.shape[1:] for x in results]
 
     assert kept(1) == kept(16) == kept(256)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, one step of a thread after another. Tiles of several lines cannot."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("this JAX's interpreter of Mosaic GPU kernels lacks layouts")
+    parameters = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    interpreter = parameters.InterpretGPUParams()
+    monkeypatch.setattr(
+        mosaic_block.plgpu, "kernel", functools.partial(mosaic_block.plgpu.kernel, interpret=interpreter)
+    )
+
+
+@pytest.mark.parametrize(
+    ("routes", "n", "parts"),
+    [(HALF, 1, 1), (("column",), 2, 1), (("row_reversed", "column"), 1, 2)],
+    ids=["chained", "two states", "cut"],
+)
+def test_interpreted_kernels(interpreted, monkeypatch, routes, n, parts):
+    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(2, parts))
+    rng = np.random.default_rng(0)
+    b, h, w, d = 2, 20, 17, 8
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    inputs = ScanInputs(
+        u=normal(b, h, w, d),
+        delta=normal(b, h, w, d),
+        A=-jnp.exp(0.5 * normal(d, n)),
+        B=normal(b, h, w, n),
+        C=normal(b, h, w, n),
+        D=normal(d),
+        delta_bias=normal(d) - 3.0,
+    )
+    assert all(tiles(route, h, w, 16).depth == 1 for route in routes)
+    dy = normal(b, len(routes), h, w, d)
+    y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
+    du, ddelta, dBC, dparameters = jax.jit(functools.partial(mosaic._backward_of_images, routes))(*inputs, states, dy)
+    dparameters = jnp.sum(dparameters, 0)
+    found = (du, ddelta, dparameters[:n].T, dBC[..., :n], dBC[..., n:], dparameters[n], dparameters[n + 1])
+
+    expected_y, residuals = xla.forward(inputs, routes)
+    np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-4)
+    expected = xla.backward(residuals, dy, routes)
+    for name, x, reference in zip(ScanInputs._fields, found, expected, strict=True):
+        error = np.linalg.norm(x - reference) / np.linalg.norm(reference)
+        assert error < 1e-5, f"{name}: {error:.1e}"
 
 
 def test_float64_is_refused():
