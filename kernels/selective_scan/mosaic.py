@@ -104,7 +104,8 @@ class Residuals(NamedTuple):
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None if it can."""
     for device in jax.local_devices():
-        if device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9.0:
+        capability = str(getattr(device, "compute_capability", ""))  # of an AMD GPU: a name such as gfx942
+        if device.platform == "gpu" and capability.replace(".", "", 1).isdigit() and float(capability) >= 9.0:
             return None
     return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
 
@@ -173,7 +174,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     states, dy = arrays[7:]
     problem = _problem("backward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
-    operands, dy = _operands(inputs, geometry), _whole_words(dy)
+    operands, dy = _operands(inputs, geometry), _fill_up(dy, geometry.channels)
     ends = later = None
     if geometry.parts > 1:
         ends = mosaic_kernels.segment_ends(geometry, operands)
@@ -197,11 +198,12 @@ def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, rout
 def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:
     route_tiles = tuple(tiles(route, problem.height, problem.width, _POSITIONS) for route in routes)
     channels = problem.channels + -problem.channels % _WORD
-    block = _BLOCK
-    if channels == block and not all(route.exact for route in route_tiles):
-        # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the map's edge would
-        # fall on the next row. No box is contiguous if blocks are wider than the map.
-        block = 2 * _BLOCK
+    # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the edge of the map or of
+    # its channels would fall on what lies next. So choose blocks, and if need be channels, for which no such box is.
+    choices = ((channels, _BLOCK), (channels, 2 * _BLOCK), (channels + _WORD, _BLOCK))
+    channels, block = next(
+        choice for choice in choices if not any(_spills(route, problem.width, *choice) for route in route_tiles)
+    )
     return mosaic_block.Geometry(
         routes=route_tiles,
         batch=problem.batch,
@@ -216,6 +218,18 @@ def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mo
     )
 
 
+def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
+    """Whether boxes of a route reach over an edge and are contiguous in a map of so many channels."""
+    if route.exact and channels % block == 0:
+        return False
+    expected = 1
+    for size, stride in ((block, 1), (route.box[1], channels), (route.box[0], width * channels)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_block.Operands:
     """Packs and fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
     missing = geometry.lanes - inputs.u.shape[-1]
@@ -223,8 +237,8 @@ def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_blo
     tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
     tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
     return mosaic_block.Operands(
-        u=_whole_words(inputs.u),
-        delta=_whole_words(inputs.delta),
+        u=_fill_up(inputs.u, geometry.channels),
+        delta=_fill_up(inputs.delta, geometry.channels),
         BC=jnp.concatenate(tiled, axis=1).reshape(
             geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
         ),
@@ -234,13 +248,13 @@ def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_blo
     )
 
 
-def _whole_words(x: jax.Array) -> jax.Array:
-    missing = -x.shape[-1] % _WORD
+def _fill_up(x: jax.Array, channels: int) -> jax.Array:
+    missing = channels - x.shape[-1]
     return jnp.pad(x, (*((0, 0) for _ in x.shape[:-1]), (0, missing))) if missing else x
 
 
 def _sum_over_routes(x: jax.Array) -> jax.Array:
-    return x[:, 0] if x.shape[1] == 1 else jnp.sum(x, axis=1, dtype=jnp.float32)
+    return x[:, 0] if x.shape[1] == 1 else jnp.sum(x, axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
 def _sums_on_the_map(geometry: mosaic_block.Geometry, dBC: jax.Array) -> jax.Array:

@@ -111,6 +111,8 @@ class _Images:
             leading = self._per_image(arrays)[0].shape[:axes]
             fold = lambda x: x.reshape(math.prod(leading), *x.shape[axes:])  # noqa: E731
             results = self.function(*(x if i in self.shared else fold(x) for i, x in enumerate(arrays)))
+            # A kernel's results come without the mark that they differ between the shards of a `jax.shard_map`.
+            results = vary_alike((*results, *arrays))[: len(results)]
             return tuple(x.reshape(*leading, *x.shape[1:]) for x in results)
 
         def partition(mesh: Mesh, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import pytest
 
 from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.recurrence import (
     LOG2_E,
     advance,
@@ -240,18 +241,31 @@ class TestHeuristic:
         if states == 1 and dtype == "bfloat16":
             assert used <= 227 * 1024 // 2  # two blocks to a multiprocessor
 
-    @pytest.mark.parametrize("shape", [(2, 1, 1, 8), (2, 1, 1, 128), (1, 13, 25, 128), (1, 7, 7, 128), (1, 25, 9, 256)])
-    def test_no_store_reaches_over_the_edge(self, shape):
+    @pytest.mark.parametrize("d", [3, 8, 16, 32, 64, 96, 120, 128, 130, 192, 256, 384])
+    def test_no_store_reaches_over_the_edge(self, d):
         """A contiguous box would be written as one piece, over the edge of the map or of its channels."""
-        geometry = mosaic._geometry(problem("forward", *shape, routes=3), HALF, mosaic.Config(2, 1))
-        for tiling in geometry.routes:
-            sizes, strides = (*tiling.box, geometry.block), (shape[2] * geometry.channels, geometry.channels, 1)
-            expected, contiguous = 1, True
-            for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
-                contiguous &= size == 1 or stride == expected
-                expected *= size
-            inside = tiling.exact and geometry.channels % geometry.block == 0
-            assert inside or not contiguous, tiling
+        for h, w in [
+            (1, 1),
+            (13, 25),
+            (7, 7),
+            (25, 9),
+            (20, 2),
+            (20, 4),
+            (17, 16),
+            (25, 2),
+            (2, 25),
+            (14, 14),
+            (1, 300),
+        ]:
+            geometry = mosaic._geometry(problem("forward", 2, h, w, d, routes=3), HALF, mosaic.Config(2, 1))
+            for tiling in geometry.routes:
+                sizes, strides = (*tiling.box, geometry.block), (w * geometry.channels, geometry.channels, 1)
+                expected, contiguous = 1, True
+                for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
+                    contiguous &= size == 1 or stride == expected
+                    expected *= size
+                inside = tiling.exact and geometry.channels % geometry.block == 0
+                assert inside or not contiguous, (h, w, tiling)
 
     def test_large_batches_stay_whole(self):
         assert mosaic.heuristic(problem("forward", 128, 56, 56, 96), H100).parts == 1
@@ -311,13 +325,14 @@ def test_lowers_for_cuda_without_a_gpu(case):
 def test_what_is_kept_does_not_depend_on_the_batch(shape):
     """On several devices XLA takes what each keeps for a part of what one would keep."""
 
-    def kept(batch: int) -> list[tuple[int, ...]]:
+    def kept(batch: int) -> list[tuple[tuple[int, ...], str]]:
         spec = jax.ShapeDtypeStruct
         maps, small = spec((batch, *shape), "bfloat16"), spec((batch, *shape[:2], 1), "bfloat16")
         vector = spec(shape[-1:], "float32")
         inputs = ScanInputs(maps, maps, spec((shape[-1], 1), "float32"), small, small, vector, vector)
-        results = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
-        return [x.shape[1:] for x in results]
+        y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
+        gradients = jax.eval_shape(functools.partial(mosaic._backward_of_images, HALF), *inputs, states, y)
+        return [(x.shape[1:], x.dtype.name) for x in (y, states, *gradients)]
 
     assert kept(1) == kept(16) == kept(256)
 
@@ -366,6 +381,31 @@ def test_interpreted_kernels(interpreted, monkeypatch, routes, n, parts):
     for name, x, reference in zip(ScanInputs._fields, found, expected, strict=True):
         error = np.linalg.norm(x - reference) / np.linalg.norm(reference)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_gradient_traces_inside_shard_map(monkeypatch):
+    """Where a kernel's results must be known to differ between shards."""
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.ShapeDtypeStruct
+    maps, small, vector = spec((8, 14, 14, 8), "float32"), spec((8, 14, 14, 1), "float32"), spec((8,), "float32")
+    inputs = ScanInputs(maps, maps, spec((8, 1), "float32"), small, small, vector, vector)
+    split, whole = jax.P("data"), jax.P()
+    specs = ScanInputs(split, split, whole, split, split, whole, whole)
+
+    @jax.custom_vjp
+    def scan(inputs):
+        return mosaic.run(inputs, HALF)
+
+    scan.defvjp(lambda inputs: mosaic.forward(inputs, HALF), lambda kept, dy: (mosaic.backward(kept, dy, HALF),))
+
+    def loss(inputs):
+        inputs = ScanInputs(*vary_alike(inputs))
+        return jax.lax.psum(jnp.sum(scan(inputs)), "data")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=whole)
+    jax.jit(jax.grad(sharded)).trace(inputs)
 
 
 def test_float64_is_refused():
