@@ -300,7 +300,11 @@ class Block:
         layout = plgpu.Layout.TILED(
             plgpu.Tiling(((_WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
         )
-        target[...] = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
+        sums = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
+        if hasattr(plgpu, "store"):  # from jax 0.12 on, which refuses by default to store single words
+            plgpu.store(target, sums, optimized=False)
+        else:
+            target[...] = sums
 
     # Travel
 
