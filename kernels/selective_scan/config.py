@@ -17,14 +17,19 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
+from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs
+
 Config = TypeVar("Config")
+
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What the speed of a scan depends on."""
 
-    direction: Literal["forward", "backward"]
+    direction: Direction
     batch: int
     height: int
     width: int
@@ -32,6 +37,12 @@ class Problem:
     states: int
     routes: int
     dtype: str  # of u: float32 or bfloat16
+
+    @classmethod
+    def of(cls, direction: Direction, inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
+        """That of these inputs."""
+        batch, height, width, channels = inputs.u.shape
+        return cls(direction, batch, height, width, channels, inputs.A.shape[1], len(routes), inputs.u.dtype.name)
 
     @property
     def key(self) -> str:
@@ -52,6 +63,13 @@ class Device:
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132)
 """Assumed where a kernel is only lowered, on a machine without a GPU."""
+
+
+def compute_capability(device: jax.Device) -> float | None:
+    """Of an NVIDIA GPU, such as 9.0; None for any other device (an AMD GPU has a name such as gfx942 there)."""
+    capability = str(getattr(device, "compute_capability", ""))
+    is_number = capability.replace(".", "", 1).isdigit()
+    return float(capability) if device.platform == "gpu" and is_number else None
 
 
 def local_device() -> Device:

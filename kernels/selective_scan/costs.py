@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 
+from msvmamba_jax.kernels.selective_scan.config import Direction
 from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
-
-Direction = Literal["forward", "backward"]
 
 SPECIAL_FUNCTIONS_PER_CLOCK = 16
 """Of one multiprocessor, in float32, on every NVIDIA GPU from Volta to Hopper."""

@@ -18,19 +18,18 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels
-from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, local_device
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, compute_capability, local_device
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E
-from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs, along_rows
+from msvmamba_jax.kernels.selective_scan.routes import SHARED, Route, ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles, tiles
 
-_SHARED = (2, 5, 6)  # A, D and delta_bias among the fields of ScanInputs have no image axis
 _WORD = 8  # channels; the copy engine addresses 16 bytes
 
 
@@ -103,10 +102,8 @@ class Residuals(NamedTuple):
 
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None if it can."""
-    for device in jax.local_devices():
-        capability = str(getattr(device, "compute_capability", ""))  # of an AMD GPU: a name such as gfx942
-        if device.platform == "gpu" and capability.replace(".", "", 1).isdigit() and float(capability) >= 9.0:
-            return None
+    if any((compute_capability(device) or 0) >= 9.0 for device in jax.local_devices()):
+        return None
     return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
 
 
@@ -147,7 +144,7 @@ def _forward(inputs: ScanInputs, routes: tuple[Route, ...], save: bool) -> tuple
 
 @functools.cache
 def _launch(function: Callable[..., tuple[jax.Array, ...]], *options: Any) -> Callable[..., tuple[jax.Array, ...]]:
-    return by_image(functools.partial(function, *options), shared=_SHARED)
+    return by_image(functools.partial(function, *options), shared=SHARED)
 
 
 def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
@@ -160,7 +157,7 @@ def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
 def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """y, and with `save` the states."""
     inputs = ScanInputs(*arrays)
-    problem = _problem("forward", inputs, routes)
+    problem = Problem.of("forward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
     operands = _operands(inputs, geometry)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
@@ -172,7 +169,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     """du, ddelta (b, h, w, d), dBC (b, h, w, 2n), and the gradients of A, D and the bias (b, n + 2, d)."""
     inputs = ScanInputs(*arrays[:7])
     states, dy = arrays[7:]
-    problem = _problem("backward", inputs, routes)
+    problem = Problem.of("backward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
     operands, dy = _operands(inputs, geometry), _fill_up(dy, geometry.channels)
     ends = later = None
@@ -187,12 +184,6 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
 
 def _config(problem: Problem) -> Config:
     return choose("mosaic", problem, local_device(), heuristic)
-
-
-def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
-    states, dtype = inputs.A.shape[1], inputs.u.dtype.name
-    batch, height, width, channels = inputs.u.shape
-    return Problem(direction, batch, height, width, channels, states, len(routes), dtype)
 
 
 def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:

@@ -28,6 +28,10 @@ class ScanInputs(NamedTuple):
     delta_bias: jax.Array  # (d,), float32
 
 
+SHARED = tuple(ScanInputs._fields.index(name) for name in ("A", "D", "delta_bias"))
+"""Positions in `ScanInputs` of what belongs to all images."""
+
+
 def along_rows(route: Route) -> bool:
     """Whether consecutive positions of `route` are neighbours in a row (otherwise in a column)."""
     return route in ("row", "row_reversed")
@@ -41,5 +45,5 @@ def is_reversed(route: Route) -> bool:
 def visiting_order(route: Route, height: int, width: int) -> np.ndarray:
     """Flat row-major positions (height * width,) in the order in which `route` visits them."""
     positions = np.arange(height * width).reshape(height, width)
-    order = (positions if route.startswith("row") else positions.T).reshape(-1)
-    return order[::-1] if route.endswith("reversed") else order
+    order = (positions if along_rows(route) else positions.T).reshape(-1)
+    return order[::-1] if is_reversed(route) else order

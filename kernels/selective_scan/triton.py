@@ -16,16 +16,14 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, local_device
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, compute_capability, local_device
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
-from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs, along_rows, is_reversed
-
-_SHARED = (2, 5, 6)  # A, D and the bias belong to no image
+from msvmamba_jax.kernels.selective_scan.routes import SHARED, Route, ScanInputs, along_rows, is_reversed
 
 
 class Residuals(NamedTuple):
@@ -55,7 +53,7 @@ def unavailable() -> str | None:
     """Why this backend cannot run on this process's devices, as a clause; None if it can."""
     if importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None:
         return "jax-triton is not installed: pip install 'msvmamba-jax[triton]'"
-    if not any(_is_supported(device) for device in jax.local_devices()):
+    if not any((compute_capability(device) or 0) >= 8.0 for device in jax.local_devices()):
         return "no NVIDIA GPU of compute capability 8.0 or newer among the devices"
     return None
 
@@ -271,7 +269,7 @@ def _padded(states: int) -> int:
 @functools.cache
 def _launcher(direction: str, routes: tuple[Route, ...]) -> Callable[..., tuple[jax.Array, ...]]:
     functions = {"run": _run_images, "forward": _forward_images, "backward": _backward_images}
-    return by_image(functools.partial(functions[direction], routes), shared=_SHARED)
+    return by_image(functools.partial(functions[direction], routes), shared=SHARED)
 
 
 def _run_images(routes: tuple[Route, ...], *inputs: jax.Array) -> tuple[jax.Array, ...]:
@@ -288,7 +286,7 @@ def _forward_launches(inputs: ScanInputs, routes: tuple[Route, ...], *, save: bo
     from msvmamba_jax.kernels.selective_scan import triton_kernels as kernels
 
     u, delta, A, B, _, _, bias = inputs
-    problem = _problem("forward", inputs, routes)
+    problem = Problem.of("forward", inputs, routes)
     config = choose("triton", problem, local_device(), heuristic)
     y = state = absent = bias  # a kernel takes any array in the place of one that it does not read
     saved: list[jax.Array] = []
@@ -322,7 +320,7 @@ def _backward_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax
 
     inputs, dy, saved = ScanInputs(*arrays[:7]), arrays[7], arrays[8:]
     u, delta, A, B, C, _, bias = inputs
-    problem = _problem("backward", inputs, routes)
+    problem = Problem.of("backward", inputs, routes)
     config = choose("triton", problem, local_device(), heuristic)
     state = absent = bias
     contributions: list[tuple[jax.Array, ...]] = []
@@ -411,12 +409,6 @@ def _total(arrays: Sequence[jax.Array], dtype: jnp.dtype, axis: int | None = Non
     return functools.reduce(jnp.add, (x.astype(jnp.float32) for x in arrays)).astype(dtype)
 
 
-def _problem(direction: Literal["forward", "backward"], inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
-    batch, height, width, channels = inputs.u.shape
-    states = inputs.A.shape[1]
-    return Problem(direction, batch, height, width, channels, states, len(routes), inputs.u.dtype.name)
-
-
 def _for_kernels(inputs: ScanInputs) -> ScanInputs:
     """The inputs in dtypes that the kernels compute with."""
     if any(x.dtype == jnp.float64 for x in inputs):
@@ -430,13 +422,7 @@ def _for_kernels(inputs: ScanInputs) -> ScanInputs:
     return ScanInputs(u=u, **of_positions, **parameters)
 
 
-def _is_supported(device: jax.Device) -> bool:
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; of other vendors a name
-    major = capability.split(".")[0]
-    return device.platform == "gpu" and major.isdigit() and int(major) >= 8
-
-
 def _compute_capability() -> int:
     """That of this process's GPU, such as 90; of the device that `config.local_device` assumes where there is none."""
-    device = jax.local_devices()[0]
-    return int(device.compute_capability.replace(".", "")) if _is_supported(device) else 90
+    capability = compute_capability(jax.local_devices()[0])
+    return round(10 * capability) if capability else 90
