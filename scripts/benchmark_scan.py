@@ -53,9 +53,9 @@ class Row:
         implementation: which.
         status: "ok", "WRONG", "unchecked" (there is nothing to compare with) or "failed".
         message: why it failed.
-        milliseconds: of one call.
+        milliseconds: of one call, on the device.
         first_call_seconds: of the first one, which compiles.
-        calls_per_execution: timed together as one executable.
+        programs: that a call runs on the GPU, copies included.
         input_sets: that were used in turn.
         bytes: each input read once, each output written once.
         gigabytes_per_second: those bytes in that time.
@@ -77,7 +77,7 @@ class Row:
     message: str | None = None
     milliseconds: float | None = None
     first_call_seconds: float | None = None
-    calls_per_execution: int | None = None
+    programs: float | None = None
     input_sets: int | None = None
     gigabytes_per_second: float | None = None
     fraction_of_copy: float | None = None
@@ -127,7 +127,7 @@ def benchmark(
             continue
         row.milliseconds = found.milliseconds
         row.first_call_seconds = found.first_call_seconds
-        row.calls_per_execution = found.calls
+        row.programs = found.programs
         row.input_sets = found.sets
         row.gigabytes_per_second = moved / found.milliseconds / 1e6
         row.fraction_of_copy = 1e3 * moved / found.milliseconds / ceilings.copy_bytes_per_second

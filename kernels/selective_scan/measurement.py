@@ -10,8 +10,10 @@ import itertools
 import math
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,9 +33,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
 
 _CACHE_BYTES = 200e6  # four times the L2 cache of an H100
 _MOST_SETS = 1024
-_SHORT_CALL = 2e-4  # seconds; the host needs a part of it to start one executable
-_EXECUTION_SECONDS = 1e-3
-_MOST_CALLS = 32  # of one executable; each is compiled
 _REPEAT_SECONDS = 0.02
 
 
@@ -50,14 +49,14 @@ class Measurement(NamedTuple):
     Attributes:
         milliseconds: of one call.
         first_call_seconds: of the very first one, which compiles.
-        calls: of one executable.
+        programs: that a call runs on the GPU, copies included; None on a CPU.
         sets: of arguments, used in turn.
         result: of the first set.
     """
 
     milliseconds: float
     first_call_seconds: float
-    calls: int
+    programs: float | None
     sets: int
     result: Any
 
@@ -124,37 +123,57 @@ def workload(
 
 
 def measure(function: Function, sets: Sequence[Arguments], repeats: int) -> Measurement:
-    """Times a function that is to be jitted, on sets of arguments in turn.
-
-    On a GPU a call that takes less than about 0.2 ms is timed as a part of one executable that makes up to 32 calls,
-    one after another, each on a set of its own: what is timed is the GPU, not Python that starts executables.
-    """
+    """Times a function that is to be jitted, on sets of arguments in turn: see `busy` and `median_seconds`."""
     one = jax.jit(function)
     began = time.perf_counter()
     result = jax.block_until_ready(one(*sets[0]))
     first_call_seconds = time.perf_counter() - began
-    seconds, calls = median_seconds(_in_rotation(one, sets), 1), 1
-    if jax.devices()[0].platform == "gpu" and seconds < _SHORT_CALL:
-        calls = min(len(sets), _MOST_CALLS, math.ceil(_EXECUTION_SECONDS / seconds))
-    if calls == 1:
-        seconds = median_seconds(_in_rotation(one, sets), repeats)
-    else:
-        groups = [(sets[i : i + calls],) for i in range(0, len(sets) - calls + 1, calls)]
-        seconds = median_seconds(_in_rotation(one_after_another(one), groups), repeats) / calls
-    return Measurement(1e3 * seconds, first_call_seconds, calls, len(sets), result)
+    turn: Iterator[Arguments] = itertools.cycle(sets)
+    seconds, programs = busy(lambda: one(*next(turn)), repeats)
+    return Measurement(1e3 * seconds, first_call_seconds, programs, len(sets), result)
 
 
-def one_after_another(function: Function) -> Function:
-    """A jitted function of several sets of arguments that calls `function` with each: a list of the results' leaves.
+def busy(execute: Callable[[], Any], repeats: int) -> tuple[float, float | None]:
+    """Seconds that one `execute()`, compiled already, keeps the device busy, and the programs that it runs there.
 
-    The sets must differ, lest XLA merges equal calls. A GPU works them off one after another.
+    On a GPU from the profiler: the time in which at least one program or copy is under way, without the gaps in which
+    the GPU waits for the host. The median of repeats, each of many executions. On a CPU the time that passes.
     """
+    if jax.devices()[0].platform != "gpu":
+        return median_seconds(execute, repeats), None
+    count = math.ceil(_REPEAT_SECONDS / median_seconds(execute, 1))
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    found = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, profiler_options=options):
+                for _ in range(count):
+                    result = execute()
+                jax.block_until_ready(result)
+            spans = [span for file in Path(folder).rglob("*.xplane.pb") for span in _on_the_gpu(file)]
+        if not spans:
+            raise RuntimeError("the profiler saw nothing on the GPU: is CUPTI installed, and may this user profile?")
+        found.append((1e-9 * covered(spans) / count, len(spans) / count))
+    return statistics.median(seconds for seconds, _ in found), found[-1][1]
 
-    @jax.jit
-    def call_all(sets: Sequence[Arguments]) -> list[list[jax.Array]]:
-        return [jax.tree.leaves(function(*arguments)) for arguments in sets]
 
-    return call_all
+def _on_the_gpu(file: Path) -> Iterator[tuple[float, float]]:
+    """Start and end, in nanoseconds, of whatever a profile shows on the streams of a GPU."""
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    yield from ((event.start_ns, event.start_ns + event.duration_ns) for event in line.events)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def median_seconds(execute: Callable[[], Any], repeats: int) -> float:
@@ -178,11 +197,6 @@ def median_seconds(execute: Callable[[], Any], repeats: int) -> float:
     return statistics.median(elapsed(count) / count for _ in range(repeats))
 
 
-def _in_rotation(function: Function, sets: Sequence[Arguments]) -> Callable[[], Any]:
-    turn: Iterator[Arguments] = itertools.cycle(sets)
-    return lambda: function(*next(turn))
-
-
 @jax.jit
 def relative_error(found: Any, expected: Any) -> jax.Array:
     """The largest relative L2 difference among the arrays of two trees; NaN if there is one."""
@@ -200,7 +214,7 @@ def copy_bandwidth(repeats: int) -> float:
     x = jnp.arange(size // 4, dtype=jnp.float32)
     add_one = jax.jit(lambda x: x + 1.0)
     jax.block_until_ready(add_one(x))
-    return 2 * size / median_seconds(functools.partial(add_one, x), repeats)
+    return 2 * size / busy(functools.partial(add_one, x), repeats)[0]
 
 
 def special_function_rate() -> float | None:

@@ -19,7 +19,7 @@ import pytest
 
 from msvmamba_jax.kernels.selective_scan import config, measurement, selective_scan_2d
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose
-from msvmamba_jax.kernels.selective_scan.measurement import examples, measure, one_after_another, workload
+from msvmamba_jax.kernels.selective_scan.measurement import covered, examples, measure, workload
 from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +75,39 @@ class TestMeasurement:
             found = jax.jit(function)(*arguments[0])
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
-    @pytest.mark.parametrize("direction", ["forward", "saving", "backward"])
-    def test_one_after_another(self, direction):
-        function, sets = workload(direction, SHAPE, "xla", different_sets(3, "bfloat16"))
-        one = jax.jit(function)
-        for found, arguments in zip(one_after_another(one)(sets), sets, strict=True):
-            for x, y in zip(found, jax.tree.leaves(one(*arguments)), strict=True):
-                np.testing.assert_array_equal(x, y)
+    def test_time_in_which_a_gpu_is_busy(self, monkeypatch):
+        """From a profile such as a GPU's: two streams that overlap, host threads and derived lines beside them."""
+        event = "events {{ metadata_id: 1 offset_ps: {} duration_ps: {} }}"
+        line = "lines {{ name: '{}' timestamp_ns: 1000 {} }}"
+        program = "event_metadata { key: 1 value { id: 1 name: 'program' } }"
+        streams = [
+            line.format("Stream #14(Compute)", event.format(0, 3_000_000) + event.format(10_000_000, 2_000_000)),
+            line.format("Stream #15(MemcpyD2D)", event.format(2_000_000, 3_000_000)),
+            line.format("XLA Ops", event.format(0, 50_000_000)),
+        ]
+        host = line.format("Stream of threads", event.format(0, 90_000_000))
+        text = f"planes {{ name: '/device:GPU:0' {program} {' '.join(streams)} }} planes {{ name: '/host:CPU' {host} }}"
+
+        class Profiler:
+            def __init__(self, folder: str, profiler_options: Any) -> None:
+                self.file = Path(folder) / "plugins" / "profile" / "machine.xplane.pb"
+
+            def __enter__(self) -> None:
+                self.file.parent.mkdir(parents=True)
+
+            def __exit__(self, *_: object) -> None:
+                self.file.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
+
+        monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+        monkeypatch.setattr(jax.profiler, "trace", Profiler)
+        monkeypatch.setattr(measurement, "median_seconds", lambda execute, repeats: 0.005)  # four of them, then
+        seconds, programs = measurement.busy(lambda: jnp.zeros(1), 2)
+        np.testing.assert_allclose(seconds, 7e-6 / 4)  # of 0 to 5 and 10 to 12 microseconds
+        assert programs == 3 / 4
+
+    def test_covered(self):
+        assert covered([]) == 0
+        assert covered([(4.0, 6.0), (0.0, 5.0), (1.0, 2.0), (7.0, 8.0)]) == 7
 
     def test_measure_uses_the_sets_in_turn(self):
         seen = []
@@ -93,7 +119,7 @@ class TestMeasurement:
         found = measure(function, [(jnp.asarray(i),) for i in range(3)], 2)
         assert found.result == 0
         assert found.milliseconds > 0
-        assert (found.calls, found.sets) == (1, 3)
+        assert (found.programs, found.sets) == (None, 3)
         assert set(seen) == {0, 1, 2}
 
     def test_relative_error(self):
@@ -128,7 +154,7 @@ class TestBenchmarkScan:
             assert (row["status"], row["message"], row["relative_error"]) == ("ok", None, None)
             assert row["speedup"] == 1
             numbers = [x for x in row.values() if isinstance(x, (int, float))]
-            assert len(numbers) == 10
+            assert len(numbers) == 9
             assert all(math.isfinite(x) and x > 0 for x in numbers)
         title, header, *lines = capsys.readouterr().out.splitlines()
         assert jax.__version__ in title
