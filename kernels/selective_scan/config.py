@@ -37,20 +37,31 @@ class Problem:
     states: int
     routes: int
     dtype: str  # of u: float32 or bfloat16
+    delta_dtype: str | None = None  # where it differs from that of u
 
     @classmethod
     def of(cls, direction: Direction, inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
         """That of these inputs."""
         batch, height, width, channels = inputs.u.shape
-        return cls(direction, batch, height, width, channels, inputs.A.shape[1], len(routes), inputs.u.dtype.name)
+        dtype, delta_dtype = inputs.u.dtype.name, inputs.delta.dtype.name
+        return cls(
+            direction=direction,
+            batch=batch,
+            height=height,
+            width=width,
+            channels=channels,
+            states=inputs.A.shape[1],
+            routes=len(routes),
+            dtype=dtype,
+            delta_dtype=None if delta_dtype == dtype else delta_dtype,
+        )
 
     @property
     def key(self) -> str:
         """As it stands in `measured.json`."""
-        return (
-            f"{self.direction} {self.dtype} {self.batch}x{self.height}x{self.width}x{self.channels} "
-            f"states={self.states} routes={self.routes}"
-        )
+        shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
+        delta = f" delta={self.delta_dtype}" if self.delta_dtype else ""
+        return f"{self.direction} {self.dtype} {shape} states={self.states} routes={self.routes}{delta}"
 
 
 @dataclasses.dataclass(frozen=True)

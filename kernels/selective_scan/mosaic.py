@@ -56,7 +56,8 @@ _POSITIONS = 16  # of a tile, about: copies of 4 or 8 KiB
 def heuristic(problem: Problem, device: Device) -> Config:
     """Enough blocks for the GPU, and enough bytes on the way to each multiprocessor.
 
-    As many stages (up to four) as let two blocks share a multiprocessor. The path stays whole if there is a block for
+    As many stages (two to four) as let two blocks share a multiprocessor, or else as many as one block has room for: a
+    single one, whose copies wait for the arithmetic, if nothing else fits. The path stays whole if there is a block for
     every second multiprocessor, since cutting it reads the inputs twice; otherwise each route is cut for two blocks to
     a multiprocessor, but into segments of four tiles at least.
     """
@@ -65,12 +66,11 @@ def heuristic(problem: Problem, device: Device) -> Config:
     if 2 * blocks < device.multiprocessors:
         wanted = -(-2 * device.multiprocessors // (blocks * problem.routes))
         parts = max(1, min(wanted, problem.height * problem.width // (4 * _POSITIONS)))
-    choices = [Config(stages, parts) for stages in (4, 3, 2)]
     for share in (_SHARED_MEMORY // 2 - 1024, _SHARED_MEMORY):
-        for config in choices:
-            if _shared_bytes(problem, config) <= share:
-                return config
-    return choices[-1]
+        for stages in (4, 3, 2):
+            if _shared_bytes(problem, Config(stages, parts)) <= share:
+                return Config(stages, parts)
+    return Config(1, parts)
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
@@ -83,14 +83,16 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
 
 
 def _shared_bytes(problem: Problem, config: Config) -> int:
-    geometry = _geometry(problem, _both_ways(problem), config)
-    return mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward")
-
-
-def _both_ways(problem: Problem) -> tuple[Route, ...]:
-    """Routes that need as much shared memory as any so many."""
-    routes: tuple[Route, ...] = ("row", "column")
-    return routes * -(-problem.routes // 2)
+    """Of whichever routes need most: a problem tells their number only."""
+    backward = problem.direction == "backward"
+    axes: list[tuple[Route, ...]] = [("row",), ("column",)]
+    if problem.routes > 1:
+        axes.append(("row", "column"))
+    found = []
+    for some in axes:
+        routes = (some * problem.routes)[: problem.routes]
+        found.append(mosaic_kernels.shared_bytes(_geometry(problem, routes, config), backward=backward))
+    return max(found)
 
 
 class Residuals(NamedTuple):
@@ -121,8 +123,8 @@ def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, R
 def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> ScanInputs:
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
     inputs, states = residuals
-    arrays = (*_in_kernel_dtypes(inputs), states, dy)
-    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays)
+    arrays = _in_kernel_dtypes(inputs)
+    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
     n = inputs.A.shape[1]
     dparameters = jnp.sum(dparameters, axis=0)
     gradients = ScanInputs(
@@ -206,6 +208,7 @@ def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mo
         stages=config.stages,
         parts=config.parts,
         dtype=jnp.dtype(problem.dtype),
+        delta_dtype=jnp.dtype(problem.delta_dtype or problem.dtype),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from msvmamba_jax.kernels.selective_scan import config
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, forced
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 PROBLEM = Problem("forward", 2, 7, 9, 64, 1, 3, "bfloat16")
 OTHER = dataclasses.replace(PROBLEM, direction="backward")
@@ -45,6 +46,15 @@ def test_measured_fields_override_the_heuristic(monkeypatch):
     assert choose("one", PROBLEM, Device("another GPU", 8), heuristic) == Config(64)
     with forced("one", PROBLEM, Config(1)):
         assert chosen() == Config(1)
+
+
+def test_the_dtype_of_delta_is_part_of_a_problem_where_it_differs():
+    spec = jax.ShapeDtypeStruct
+    maps, small, vector = spec((2, 7, 9, 64), "bfloat16"), spec((2, 7, 9, 1), "bfloat16"), spec((64,), "float32")
+    inputs = ScanInputs(maps, maps, spec((64, 1), "float32"), small, small, vector, vector)
+    assert Problem.of("forward", inputs, ("row", "column", "row_reversed")) == PROBLEM
+    mixed = Problem.of("forward", inputs._replace(delta=spec(maps.shape, "float32")), ("row",) * 3)
+    assert mixed.key == f"{PROBLEM.key} delta=float32"
 
 
 def test_the_file_can_be_read():

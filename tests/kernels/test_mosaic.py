@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, xla
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, mosaic_kernels, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.recurrence import (
@@ -222,8 +222,8 @@ def walk(inputs: ScanInputs, dy: np.ndarray, routes) -> tuple[np.ndarray, ScanIn
     return y[:, :, : h * w].reshape(b, len(routes), h, w, d), grads._replace(**of_positions)
 
 
-def problem(direction, *shape, states=1, routes=1, dtype="bfloat16") -> Problem:
-    return Problem(direction, *shape, states=states, routes=routes, dtype=dtype)
+def problem(direction, *shape, states=1, routes=1, dtype="bfloat16", delta_dtype=None) -> Problem:
+    return Problem(direction, *shape, states=states, routes=routes, dtype=dtype, delta_dtype=delta_dtype)
 
 
 class TestHeuristic:
@@ -236,7 +236,7 @@ class TestHeuristic:
         asked = problem(direction, *shape, states=states, routes=len(routes), dtype=dtype)
         config = mosaic.heuristic(asked, H100)
         geometry = mosaic._geometry(asked, routes, config)
-        used = mosaic_block.shared_bytes(geometry, backward=direction == "backward")
+        used = mosaic_kernels.shared_bytes(geometry, backward=direction == "backward")
         assert used <= 227 * 1024
         if states == 1 and dtype == "bfloat16":
             assert used <= 227 * 1024 // 2  # two blocks to a multiprocessor
@@ -288,12 +288,13 @@ CASES = {
 }
 
 
-def lowered(shape, n, routes, dtype) -> tuple[str, str]:
+def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
     """StableHLO for CUDA of the inference, and of the forward and backward."""
     b, h, w, d = shape
     spec = jax.ShapeDtypeStruct
     maps, small, vector = spec(shape, dtype), spec((b, h, w, n), dtype), spec((d,), "float32")
-    inputs = ScanInputs(maps, maps, spec((d, n), "float32"), small, small, vector, vector)
+    delta = spec(shape, delta_dtype or dtype)
+    inputs = ScanInputs(maps, delta, spec((d, n), "float32"), small, small, vector, vector)
     dy = spec((b, len(routes), h, w, d), dtype)
 
     def train(inputs, dy):
@@ -305,6 +306,51 @@ def lowered(shape, n, routes, dtype) -> tuple[str, str]:
         jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         for f, arguments in ((infer, (inputs,)), (train, (inputs, dy)))
     )
+
+
+@pytest.fixture
+def laid_out(monkeypatch) -> list[int]:
+    """Collects the shared memory of each kernel that Mosaic GPU lowers."""
+    core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
+    if not hasattr(core, "_smem_tree_size"):
+        pytest.skip("this JAX adds up shared memory elsewhere")
+    found, measure = [], core._smem_tree_size
+
+    def measured(buffers):
+        found.append(measure(buffers))
+        return found[-1]
+
+    monkeypatch.setattr(core, "_smem_tree_size", measured)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "routes", "config", "dtype", "delta_dtype"),
+    [
+        ((2, 14, 14, 96), 1, ("row",), (4, 1), "bfloat16", "bfloat16"),
+        ((2, 14, 14, 96), 1, HALF, (3, 1), "float32", "float32"),
+        ((2, 14, 14, 96), 1, HALF, (2, 1), "bfloat16", "float32"),
+        ((2, 14, 14, 96), 3, HALF, (3, 2), "float32", "bfloat16"),
+        ((2, 9, 11, 20), 5, HALF, (1, 1), "bfloat16", "bfloat16"),
+        ((1, 13, 25, 128), 2, ("column",), (3, 1), "bfloat16", "float32"),
+        ((1, 56, 56, 192), 16, ("row", "column"), (2, 1), "bfloat16", "bfloat16"),
+    ],
+)
+def test_shared_memory_is_what_mosaic_lays_out(laid_out, monkeypatch, shape, n, routes, config, dtype, delta_dtype):
+    config = mosaic.Config(*config)
+    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: config)
+    jax.clear_caches()
+    lowered(shape, n, routes, dtype, delta_dtype)
+    delta_dtype = None if delta_dtype == dtype else delta_dtype
+    asked = problem("forward", *shape, states=n, routes=len(routes), dtype=dtype, delta_dtype=delta_dtype)
+    geometry = mosaic._geometry(asked, routes, config)
+    forward, backward = (mosaic_kernels.shared_bytes(geometry, backward=backward) for backward in (False, True))
+    if config.parts == 1:
+        assert laid_out == [forward, forward, backward]
+    else:  # the kernels that find the ends of segments run before each
+        assert [laid_out[i] for i in (1, 3, 6)] == [forward, forward, backward]
+        assert max(laid_out) == backward
+        assert max(laid_out[0], laid_out[2]) <= forward
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -350,12 +396,12 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("routes", "n", "parts"),
-    [(HALF, 1, 1), (("column",), 2, 1), (("row_reversed", "column"), 1, 2)],
-    ids=["chained", "two states", "cut"],
+    ("routes", "n", "config"),
+    [(HALF, 1, (2, 1)), (("column",), 2, (2, 1)), (("row_reversed", "column"), 1, (2, 2)), (("row",), 2, (1, 1))],
+    ids=["chained", "two states", "cut", "one stage"],
 )
-def test_interpreted_kernels(interpreted, monkeypatch, routes, n, parts):
-    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(2, parts))
+def test_interpreted_kernels(interpreted, monkeypatch, routes, n, config):
+    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(*config))
     rng = np.random.default_rng(0)
     b, h, w, d = 2, 20, 17, 8
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
