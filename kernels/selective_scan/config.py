@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs
 
@@ -70,6 +71,7 @@ class Device:
 
     kind: str
     multiprocessors: int
+    shared_memory: int = 227 * 1024  # bytes that a block may ask for
 
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132)
@@ -88,7 +90,17 @@ def local_device() -> Device:
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return H100
-    return Device(device.device_kind, getattr(device, "core_count", H100.multiprocessors))
+    return Device(
+        kind=device.device_kind,
+        multiprocessors=getattr(device, "core_count", H100.multiprocessors),
+        shared_memory=getattr(device, "shared_memory_per_block_optin", H100.shared_memory),
+    )
+
+
+def float64_refusal(inputs: ScanInputs) -> str | None:
+    """Why a backend that computes in float32 does not take these inputs, as a clause; None if it does."""
+    names = [name for name, x in inputs._asdict().items() if x.dtype == jnp.float64]
+    return f"it computes in float32, and {names[0]} is float64" if names else None
 
 
 def choose(

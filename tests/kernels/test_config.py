@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,32 @@ def test_the_dtype_of_delta_is_part_of_a_problem_where_it_differs():
 
 def test_the_file_can_be_read():
     assert isinstance(config.measured(), dict)
+
+
+class TestLocalDevice:
+    def test_of_a_gpu(self, monkeypatch):
+        gpu = SimpleNamespace(
+            platform="gpu", device_kind="a GPU", core_count=170, shared_memory_per_block_optin=99 * 1024
+        )
+        monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+        assert config.local_device() == Device("a GPU", 170, 99 * 1024)
+
+    def test_of_a_gpu_that_says_nothing(self, monkeypatch):
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu", device_kind="a GPU")])
+        assert config.local_device() == Device("a GPU", 132, 227 * 1024)
+
+    def test_without_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")])
+        assert config.local_device() == config.H100
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "expected"),
+    [("gpu", "9.0", 9.0), ("gpu", "12.0", 12.0), ("gpu", "gfx942", None), ("gpu", "", None), ("tpu", "9.0", None)],
+)
+def test_compute_capability(platform, name, expected):
+    assert config.compute_capability(SimpleNamespace(platform=platform, compute_capability=name)) == expected
+    assert config.compute_capability(SimpleNamespace(platform="cpu")) is None
 
 
 class TestForced:

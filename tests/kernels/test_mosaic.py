@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, mosaic_kernels, xla
-from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.config import H100, Device, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.recurrence import (
     LOG2_E,
@@ -226,6 +226,16 @@ def problem(direction, *shape, states=1, routes=1, dtype="bfloat16", delta_dtype
     return Problem(direction, *shape, states=states, routes=routes, dtype=dtype, delta_dtype=delta_dtype)
 
 
+def scan_inputs(shape, n, dtype, delta_dtype=None) -> ScanInputs:
+    """Shapes and dtypes of the inputs on maps (b, h, w, d)."""
+    b, h, w, d = shape
+    spec = jax.ShapeDtypeStruct
+    small, vector = spec((b, h, w, n), dtype), spec((d,), "float32")
+    return ScanInputs(
+        spec(shape, dtype), spec(shape, delta_dtype or dtype), spec((d, n), "float32"), small, small, vector, vector
+    )
+
+
 class TestHeuristic:
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -235,7 +245,7 @@ class TestHeuristic:
     def test_shared_memory_suffices(self, direction, dtype, states, routes, shape):
         asked = problem(direction, *shape, states=states, routes=len(routes), dtype=dtype)
         config = mosaic.heuristic(asked, H100)
-        geometry = mosaic._geometry(asked, routes, config)
+        geometry = mosaic._geometry(asked, routes, config, H100)
         used = mosaic_kernels.shared_bytes(geometry, backward=direction == "backward")
         assert used <= 227 * 1024
         if states == 1 and dtype == "bfloat16":
@@ -257,7 +267,7 @@ class TestHeuristic:
             (14, 14),
             (1, 300),
         ]:
-            geometry = mosaic._geometry(problem("forward", 2, h, w, d, routes=3), HALF, mosaic.Config(2, 1))
+            geometry = mosaic._geometry(problem("forward", 2, h, w, d, routes=3), HALF, mosaic.Config(2, 1), H100)
             for tiling in geometry.routes:
                 sizes, strides = (*tiling.box, geometry.block), (w * geometry.channels, geometry.channels, 1)
                 expected, contiguous = 1, True
@@ -266,6 +276,32 @@ class TestHeuristic:
                     expected *= size
                 inside = tiling.exact and geometry.channels % geometry.block == 0
                 assert inside or not contiguous, (h, w, tiling)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("delta_dtype", [None, "float32"])
+    @pytest.mark.parametrize("routes", [("row",), ("column",), HALF])
+    @pytest.mark.parametrize("shape", [(128, 14, 14, 96), (1, 56, 56, 96), (2, 13, 25, 128), (2, 9, 11, 20)])
+    def test_what_is_not_refused_has_room(self, monkeypatch, dtype, delta_dtype, routes, shape):
+        """On a data centre's GPU, and on one of compute capability 12.0."""
+        fitted = {}
+        for device in (H100, Device("NVIDIA GeForce RTX 5090", 170, 99 * 1024)):
+            monkeypatch.setattr(mosaic, "local_device", lambda device=device: device)
+            fitted[device] = []
+            for n in (1, 2, 8, 16, 32, 48, 64, 128):
+                inputs = scan_inputs(shape, n, dtype, delta_dtype)
+                if mosaic.refusal(inputs, routes) is not None:
+                    continue
+                fitted[device].append(n)
+                for direction in ("forward", "backward"):
+                    asked = Problem.of(direction, inputs, routes)
+                    for config in (mosaic.heuristic(asked, device), *mosaic.candidates(asked, device)):
+                        geometry = mosaic._geometry(asked, routes, config, device)
+                        used = mosaic_kernels.shared_bytes(geometry, backward=direction == "backward")
+                        assert used <= device.shared_memory, (n, config)
+        large, small = fitted.values()
+        assert large[-1] >= 48
+        assert small[-1] >= 2
+        assert small[-1] < large[-1] < 128
 
     def test_large_batches_stay_whole(self):
         assert mosaic.heuristic(problem("forward", 128, 56, 56, 96), H100).parts == 1
@@ -290,12 +326,8 @@ CASES = {
 
 def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
     """StableHLO for CUDA of the inference, and of the forward and backward."""
-    b, h, w, d = shape
-    spec = jax.ShapeDtypeStruct
-    maps, small, vector = spec(shape, dtype), spec((b, h, w, n), dtype), spec((d,), "float32")
-    delta = spec(shape, delta_dtype or dtype)
-    inputs = ScanInputs(maps, delta, spec((d, n), "float32"), small, small, vector, vector)
-    dy = spec((b, len(routes), h, w, d), dtype)
+    inputs = scan_inputs(shape, n, dtype, delta_dtype)
+    dy = jax.ShapeDtypeStruct((shape[0], len(routes), *shape[1:]), dtype)
 
     def train(inputs, dy):
         y, residuals = mosaic.forward(inputs, routes)
@@ -343,7 +375,7 @@ def test_shared_memory_is_what_mosaic_lays_out(laid_out, monkeypatch, shape, n, 
     lowered(shape, n, routes, dtype, delta_dtype)
     delta_dtype = None if delta_dtype == dtype else delta_dtype
     asked = problem("forward", *shape, states=n, routes=len(routes), dtype=dtype, delta_dtype=delta_dtype)
-    geometry = mosaic._geometry(asked, routes, config)
+    geometry = mosaic._geometry(asked, routes, config, H100)
     forward, backward = (mosaic_kernels.shared_bytes(geometry, backward=backward) for backward in (False, True))
     if config.parts == 1:
         assert laid_out == [forward, forward, backward]
@@ -454,12 +486,43 @@ def test_gradient_traces_inside_shard_map(monkeypatch):
     jax.jit(jax.grad(sharded)).trace(inputs)
 
 
-def test_float64_is_refused():
-    with jax.enable_x64(True):
-        x = jnp.ones((1, 2, 2, 8))
-        inputs = ScanInputs(x, x, -jnp.ones((8, 1)), x[..., :1], x[..., :1], jnp.ones(8), jnp.ones(8))
-        with pytest.raises(ValueError, match="for float64 choose implementation='xla'"):
-            mosaic.run(inputs, ("row",))
+class TestRefusal:
+    def test_float64(self):
+        inputs = scan_inputs((1, 2, 2, 8), 1, "float32")
+        assert mosaic.refusal(inputs, ("row",)) is None
+        in_float64 = inputs._replace(A=jax.ShapeDtypeStruct((8, 1), "float64"))
+        assert mosaic.refusal(in_float64, ("row",)) == "it computes in float32, and A is float64"
+
+    def test_more_states_than_shared_memory_holds(self):
+        inputs = scan_inputs((2, 14, 14, 96), 128, "bfloat16")
+        reason = mosaic.refusal(inputs, ("row",))
+        assert re.fullmatch(
+            r"with 128 states on 14 x 14 maps in bfloat16 a block would need \d+ bytes of shared memory, "
+            r"and the GPU has 232448",
+            reason,
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "n", "routes", "dtype"),
+        [
+            ((2, 14, 14, 96), 64, ("row",), "bfloat16"),
+            ((2, 14, 14, 96), 48, HALF, "float32"),
+            ((2, 13, 25, 128), 48, HALF, "float32"),  # whose channels are padded, since larger blocks have no room
+        ],
+    )
+    def test_many_states_lower(self, shape, n, routes, dtype):
+        assert mosaic.refusal(scan_inputs(shape, n, dtype), routes) is None
+        for text in lowered(shape, n, routes, dtype):
+            assert "mosaic_gpu" in text
+
+    @pytest.mark.parametrize("n", [1, 16])
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_the_forward_keeps_what_the_backward_reads(self, n, parts):
+        """On maps where blocks may be of either size."""
+        for direction in ("forward", "backward"):
+            asked = problem(direction, 2, 13, 25, 128, states=n, routes=3, dtype="float32")
+            geometry = mosaic._geometry(asked, HALF, mosaic.Config(1 + parts, parts), H100)
+            assert (geometry.block, geometry.channels) == ((256, 128) if n == 1 else (128, 136))
 
 
 def test_says_what_it_needs():

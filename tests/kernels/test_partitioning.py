@@ -334,6 +334,7 @@ class _Opaque:
     """The functions of `xla`, launched image by image as those of a GPU backend are."""
 
     unavailable = staticmethod(xla.unavailable)
+    refusal = staticmethod(xla.refusal)
 
     @staticmethod
     def run(inputs, routes):

@@ -101,10 +101,10 @@ class TestPlan:
 
 
 def test_float64_is_refused():
-    with jax.enable_x64(True):
-        inputs = ScanInputs(*(jnp.zeros(shape, jnp.float64) for shape in shapes_of(1, 2, 2, 3, 1)))
-        with pytest.raises(ValueError, match='use implementation="xla"'):
-            backend.run(inputs, ("row",))
+    inputs = ScanInputs(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes_of(1, 2, 2, 3, 1)))
+    assert backend.refusal(inputs, ("row",)) is None
+    inputs = inputs._replace(D=jax.ShapeDtypeStruct((3,), "float64"))
+    assert backend.refusal(inputs, ("row",)) == "it computes in float32, and D is float64"
 
 
 def test_where_it_cannot_run():
