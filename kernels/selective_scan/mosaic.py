@@ -121,7 +121,8 @@ def refusal(inputs: ScanInputs, routes: tuple[Route, ...]) -> str | None:
     """Why this backend does not take a scan, as a clause; None if it does."""
     if (reason := float64_refusal(inputs)) is not None:
         return reason
-    device, shapes = local_device(), ScanInputs(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+    device = local_device()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     problem = Problem.of("backward", jax.eval_shape(_in_kernel_dtypes, shapes), routes)
     # What needs least, of the forward and the backward. Not what the heuristic proposes: that depends on the number of
     # images, which is not yet known under `jax.vmap` or of a part of a sharded batch.
