@@ -340,6 +340,24 @@ def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
     )
 
 
+@pytest.mark.parametrize(("batch", "segments"), [(70_000, 1), (1, 6)])
+def test_images_lie_on_the_axis_of_a_launch_that_may_be_long(monkeypatch, batch, segments):
+    core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
+    if not hasattr(core, "_launch"):
+        pytest.skip("this JAX launches elsewhere")
+    grids, launch = [], core._launch
+
+    def launched(token, grid, *arguments, **options):
+        grids.append(tuple(grid))
+        return launch(token, grid, *arguments, **options)
+
+    monkeypatch.setattr(core, "_launch", launched)
+    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(2, segments // 3 or 1))
+    jax.clear_caches()
+    lowered((batch, 14, 14, 384), 1, HALF, "bfloat16")
+    assert set(grids) == {(3 * batch, segments, 1)}  # x, y, z; three blocks of channels side by side
+
+
 @pytest.fixture
 def laid_out(monkeypatch) -> list[int]:
     """Collects the shared memory of each kernel that Mosaic GPU lowers."""
