@@ -446,14 +446,19 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("routes", "n", "config"),
-    [(HALF, 1, (2, 1)), (("column",), 2, (2, 1)), (("row_reversed", "column"), 1, (2, 2)), (("row",), 2, (1, 1))],
-    ids=["chained", "two states", "cut", "one stage"],
+    ("routes", "d", "n", "config"),
+    [
+        (HALF, 8, 1, (2, 1)),
+        (("column",), 8, 2, (2, 1)),
+        (("row_reversed", "column"), 8, 1, (2, 2)),
+        (("row",), 136, 2, (1, 1)),
+    ],
+    ids=["chained", "two states", "cut", "one stage, two blocks of channels"],
 )
-def test_interpreted_kernels(interpreted, monkeypatch, routes, n, config):
+def test_interpreted_kernels(interpreted, monkeypatch, routes, d, n, config):
     monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(*config))
     rng = np.random.default_rng(0)
-    b, h, w, d = 2, 20, 17, 8
+    b, h, w = 2, 20, 17
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     inputs = ScanInputs(
         u=normal(b, h, w, d),
