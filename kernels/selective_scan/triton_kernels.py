@@ -22,23 +22,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG1P = (
-    0.99999994,
-    -0.49999493,
-    0.33319098,
-    -0.24842985,
-    0.19106013,
-    -0.13663258,
-    0.078226067,
-    -0.029505301,
-    0.0052327081,
-)
-"""log1p(e) = e * polynomial(e) on [0, 1], lowest power first: relative error 2e-7 when evaluated in float32. The
-logarithm of the hardware has a small absolute error only, which would ruin small steps."""
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG1P_PRECISE, LOG2_E
 
-_LOG1P = tl.constexpr(LOG1P)
-_LOG1P_TERMS = tl.constexpr(len(LOG1P))
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG1P = tl.constexpr(LOG1P_PRECISE)
+_LOG1P_TERMS = tl.constexpr(len(LOG1P_PRECISE))
+_LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LANES = tl.constexpr(32)
 _SUMMARIES_AT_ONCE = tl.constexpr(8)  # whose loads are in flight together

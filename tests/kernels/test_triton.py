@@ -21,6 +21,7 @@ import pytest
 from msvmamba_jax.kernels.selective_scan import triton as backend
 from msvmamba_jax.kernels.selective_scan import xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG1P_PRECISE
 from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
 from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs, visiting_order
 
@@ -117,15 +118,19 @@ def test_where_it_cannot_run():
 
 def test_softplus_polynomial():
     """As the kernels evaluate it: by float32 multiply-adds that round once."""
-    kernels = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_kernels", reason="no triton")
     rng = np.random.default_rng(0)
     e = np.concatenate([rng.uniform(0, 1, 100_000), np.exp(-rng.uniform(0, 40, 100_000)), [1.0]]).astype(np.float32)
-    coefficients = np.asarray(kernels.LOG1P, np.float32).astype(np.float64)
+    coefficients = np.asarray(LOG1P_PRECISE, np.float32).astype(np.float64)
     value = np.full(e.shape, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value = (value * e + coefficient).astype(np.float32).astype(np.float64)
     expected = np.log1p(e.astype(np.float64))
     assert np.max(np.abs((value * e).astype(np.float32) / expected - 1)) < 2.5e-7
+
+
+def test_the_kernels_have_the_polynomial_of_the_other_backend():
+    kernels = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_kernels", reason="no triton")
+    assert kernels._LOG1P.value is LOG1P_PRECISE
 
 
 # The compiled code
