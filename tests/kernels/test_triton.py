@@ -129,8 +129,8 @@ def test_softplus_polynomial():
 
 
 def test_the_kernels_have_the_polynomial_of_the_other_backend():
-    kernels = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_kernels", reason="no triton")
-    assert kernels._LOG1P.value is LOG1P_PRECISE
+    shared = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_chunk", reason="no triton")
+    assert shared._LOG1P.value is LOG1P_PRECISE
 
 
 # The compiled code
