@@ -20,7 +20,6 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     output_buffer,
     state_buffers,
 )
-from msvmamba_jax.kernels.selective_scan.partitioning import result_shape
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, retreat, softplus_slopes
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
@@ -38,9 +37,9 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
         y (b, routes, h, w, d) and, with `save`, the states (b, chunks of the path, n, lanes) before each chunk.
     """
     g = geometry
-    out_type = [result_shape((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype, operands.u)]
+    out_type = [jax.ShapeDtypeStruct((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype)]
     if save:
-        out_type.append(result_shape((g.batch, g.first_chunk[-1], g.states, g.lanes), jnp.float32, operands.u))
+        out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], g.states, g.lanes), jnp.float32))
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -89,7 +88,7 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
     exp(S A) h to the one left.
     """
     g = geometry
-    out_type = result_shape((g.batch, g.segments, g.states + 1, g.lanes), jnp.float32, operands.u)
+    out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states + 1, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -130,7 +129,7 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
     The gradient with respect to the state that enters a segment if none reaches its end from later ones.
     """
     g = geometry
-    out_type = result_shape((g.batch, g.segments, g.states, g.lanes), jnp.float32, operands.u)
+    out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -192,10 +191,10 @@ def scan_backward(
     g = geometry
     maps = (g.batch, 1 if g.merges else len(g.routes), g.height, g.width, g.channels)
     out_type = [
-        result_shape(maps, g.dtype, operands.u),
-        result_shape(maps, g.delta_dtype, operands.u),
-        result_shape((g.batch, g.blocks, g.first_chunk[-1], g.states, g.sums), jnp.float32, operands.u),
-        result_shape((g.batch, g.segments, g.states + 2, g.lanes), jnp.float32, operands.u),
+        jax.ShapeDtypeStruct(maps, g.dtype),
+        jax.ShapeDtypeStruct(maps, g.delta_dtype),
+        jax.ShapeDtypeStruct((g.batch, g.blocks, g.first_chunk[-1], g.states, g.sums), jnp.float32),
+        jax.ShapeDtypeStruct((g.batch, g.segments, g.states + 2, g.lanes), jnp.float32),
     ]
     cut = ends is not None
 

@@ -484,10 +484,13 @@ def test_interpreted_kernels(interpreted, monkeypatch, routes, d, n, config):
         assert error < 1e-5, f"{name}: {error:.1e}"
 
 
-def test_gradient_traces_inside_shard_map(monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradient_lowers_inside_shard_map(monkeypatch, parts):
     """Where a kernel's results must be known to differ between shards."""
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")
+    monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(2, parts))
+    jax.clear_caches()
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.ShapeDtypeStruct
     maps, small, vector = spec((8, 14, 14, 8), "float32"), spec((8, 14, 14, 1), "float32"), spec((8,), "float32")
@@ -506,7 +509,8 @@ def test_gradient_traces_inside_shard_map(monkeypatch):
         return jax.lax.psum(jnp.sum(scan(inputs)), "data")
 
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=whole)
-    jax.jit(jax.grad(sharded)).trace(inputs)
+    lowered = jax.jit(jax.grad(sharded)).trace(inputs).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 class TestRefusal:
