@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msvmamba_jax.kernels.selective_scan import api, selection, xla
 from msvmamba_jax.kernels.selective_scan import triton as backend
-from msvmamba_jax.kernels.selective_scan import xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG1P_PRECISE
 from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
@@ -224,6 +224,27 @@ def test_lowers_for_a_gpu_on_any_machine(parts, monkeypatch):
     assert (y.shape, y.dtype) == (dy.shape, dy.dtype)
     assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in inputs]
     assert lowered.as_text().count("@triton_kernel_call") == 6 * parts
+
+
+def test_gradient_lowers_inside_shard_map(monkeypatch):
+    """Where a kernel's results must be known to differ between shards."""
+    pytest.importorskip("jax_triton", reason="needs jaxlib's CUDA plugin", exc_type=ImportError)
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    for module in (api, selection):
+        monkeypatch.setattr(module, "load", lambda name: backend)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    inputs = ScanInputs(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes_of(8, 3, 5, 40, 1)))
+    specs = ScanInputs(*(jax.P() if name in ("A", "D", "delta_bias") else jax.P("data") for name in inputs._fields))
+
+    def loss(inputs):
+        y = api.selective_scan_2d(*inputs, routes=HALF, implementation="triton")
+        return jax.lax.psum(jnp.sum(y), "data")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=jax.P())
+    lowered = jax.jit(jax.grad(sharded)).trace(inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@triton_kernel_call") == 6
 
 
 # The interpreter
