@@ -39,7 +39,7 @@ def selective_scan_2d(
 
     Args:
         u: input (b, h, w, d), float32 or bfloat16 (float64 where enabled).
-        delta: step sizes before bias and softplus (b, h, w, d), of any floating dtype, as B and C.
+        delta: step sizes before bias and softplus (b, h, w, d), of any floating dtype, as all that follow.
         A: (d, n), negative for a decaying state.
         B: input projection (b, h, w, n).
         C: output projection (b, h, w, n).
