@@ -475,7 +475,7 @@ def kernel(geometry: Geometry, body: Callable[..., None], out_type: Any, scratch
     """
     barriers = {_barrier(n): plgpu.Barrier(num_arrivals=n, num_barriers=geometry.stages) for n in scratch.inputs}
     return plgpu.kernel(
-        lambda *refs, **scratch: body(*refs, scratch=scratch),
+        lambda *refs, **buffers: body(*refs, scratch=buffers),
         out_type=out_type,
         scratch_types=scratch.buffers | barriers,
         # The last axis becomes CUDA's x, the only one that may be longer than 65535 and the one that advances first. So
