@@ -27,17 +27,17 @@ from msvmamba_jax.kernels.selective_scan.costs import Direction, special_functio
 from msvmamba_jax.kernels.selective_scan.measurement import (
     TOLERANCE,
     Example,
+    add_options,
     copy_bandwidth,
     examples,
     measure,
     relative_error,
+    selected_shapes,
     special_function_rate,
     workload,
 )
-from msvmamba_jax.kernels.selective_scan.shapes import BATCHES, STAGES, TASKS, VARIANTS, ScanShape, shapes
+from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
 
-DTYPES = ("bfloat16", "float32")
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 NO_REFERENCE = "none"
 QUICK = ScanShape("quick", 1, 4, 5, 64, 1, ("row_reversed", "column", "column_reversed"))
 
@@ -161,19 +161,19 @@ def line(row: Row) -> str:
     ).rstrip()
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[argparse.Namespace, list[ScanShape]]:
+    """The arguments, and the shapes that they select."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     available = available_implementations()
     here = [name for name, reason in available.items() if reason is None]
-    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--tasks", choices=list(TASKS), default=list(TASKS), **several)
-    parser.add_argument("--variants", choices=VARIANTS, default=list(VARIANTS), **several)
-    parser.add_argument("--batches", type=int, choices=BATCHES, default=list(BATCHES), nargs="+", metavar="N")
-    parser.add_argument("--stages", type=int, choices=STAGES, default=list(STAGES), nargs="+", metavar="N")
-    parser.add_argument("--dtypes", choices=DTYPES, default=list(DTYPES), **several)
-    parser.add_argument("--directions", choices=DIRECTIONS, default=list(DIRECTIONS), **several)
+    add_options(parser)
     parser.add_argument(
-        "--implementations", choices=list(available), default=here, help="default: all that run here", **several
+        "--implementations",
+        choices=list(available),
+        default=here,
+        nargs="+",
+        metavar="NAME",
+        help="default: all that run here",
     )
     parser.add_argument(
         "--reference-implementation",
@@ -183,31 +183,19 @@ def _parse() -> argparse.Namespace:
         help="measured as well, first; the others are checked against it and compared with it (default: xla); "
         "'none': neither",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default: 5)")
     parser.add_argument("--quick", action="store_true", help="one small shape, once")
     parser.add_argument("--output", metavar="FILE", help="write everything to this JSON file as well")
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        parser.error("--repeats must be at least 1")
     for name in {*arguments.implementations, arguments.reference_implementation} - {NO_REFERENCE}:
         if available[name] is not None:
             parser.error(f"the implementation {name!r} cannot run here: {available[name]}")
-    if not _selected(arguments):
-        parser.error("no shape has such a task, variant and batch; see kernels/selective_scan/shapes.py")
-    return arguments
-
-
-def _selected(arguments: argparse.Namespace) -> list[ScanShape]:
-    if arguments.quick:
-        return [QUICK]
-    return shapes(
-        tasks=arguments.tasks, variants=arguments.variants, batches=arguments.batches, stages=arguments.stages
-    )
+    selected = selected_shapes(parser, arguments)
+    return arguments, [QUICK] if arguments.quick else selected
 
 
 def main() -> int:
     """The command."""
-    arguments = _parse()
+    arguments, selected = _parse()
     repeats = 1 if arguments.quick else arguments.repeats
     reference = arguments.reference_implementation
     reference = None if reference == NO_REFERENCE else reference
@@ -228,7 +216,7 @@ def main() -> int:
     )
     print(HEADER.rstrip(), flush=True)
     wrong = 0
-    for shape in _selected(arguments):
+    for shape in selected:
         for dtype in arguments.dtypes:
             sets = examples(shape, dtype, traffic(shape, dtype, "forward"))
             for direction in arguments.directions:

@@ -31,20 +31,21 @@ from msvmamba_jax import command
 from msvmamba_jax.kernels import selective_scan
 from msvmamba_jax.kernels.selective_scan import available_implementations
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, forced, local_device, measured
-from msvmamba_jax.kernels.selective_scan.costs import Direction, traffic
+from msvmamba_jax.kernels.selective_scan.costs import traffic
 from msvmamba_jax.kernels.selective_scan.measurement import (
+    DIRECTIONS,
     TOLERANCE,
     Arguments,
     Function,
+    add_options,
     examples,
     measure,
     relative_error,
+    selected_shapes,
     workload,
 )
-from msvmamba_jax.kernels.selective_scan.shapes import BATCHES, STAGES, TASKS, VARIANTS, ScanShape, shapes
+from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
 
-DTYPES = ("bfloat16", "float32")
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 FILE = Path(selective_scan.__file__).parent / "measured.json"
 LEAST_GAIN = 0.03  # of the heuristic's time; less is within the noise, or gone with the next driver
 
@@ -140,34 +141,23 @@ def _report(sentence: str) -> None:
     print(f"  {' '.join(sentence.split())[:300]}", flush=True)
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[argparse.Namespace, list[ScanShape]]:
+    """The arguments, and the shapes that they select."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     available = available_implementations()
     backends = [name for name in available if name != "xla"]
-    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("implementation", choices=backends)
-    parser.add_argument("--tasks", choices=list(TASKS), default=list(TASKS), **several)
-    parser.add_argument("--variants", choices=VARIANTS, default=list(VARIANTS), **several)
-    parser.add_argument("--batches", type=int, choices=BATCHES, default=list(BATCHES), nargs="+", metavar="N")
-    parser.add_argument("--stages", type=int, choices=STAGES, default=list(STAGES), nargs="+", metavar="N")
-    parser.add_argument("--dtypes", choices=DTYPES, default=list(DTYPES), **several)
-    parser.add_argument("--directions", choices=DIRECTIONS, default=list(DIRECTIONS), **several)
-    parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default: 5)")
+    add_options(parser)
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        parser.error("--repeats must be at least 1")
     reason = available[arguments.implementation]
     if reason is not None:
         parser.error(f"the implementation {arguments.implementation!r} cannot run here: {reason}")
-    return arguments
+    return arguments, selected_shapes(parser, arguments)
 
 
 def main() -> None:
     """The command."""
-    arguments = _parse()
-    selected = shapes(
-        tasks=arguments.tasks, variants=arguments.variants, batches=arguments.batches, stages=arguments.stages
-    )
+    arguments, selected = _parse()
     device = local_device()
     done: set[Problem] = set()  # routes that differ in their direction alone are one problem
     for shape in selected:

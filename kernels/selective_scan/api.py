@@ -39,7 +39,7 @@ def selective_scan_2d(
 
     Args:
         u: input (b, h, w, d), float32 or bfloat16 (float64 where enabled).
-        delta: step sizes before bias and softplus (b, h, w, d), of any floating dtype, as B and C.
+        delta: step sizes before bias and softplus (b, h, w, d), of any floating dtype, as all that follow.
         A: (d, n), negative for a decaying state.
         B: input projection (b, h, w, n).
         C: output projection (b, h, w, n).
@@ -48,8 +48,9 @@ def selective_scan_2d(
         routes: orders of travel, each `row`, `row_reversed`, `column` or `column_reversed`.
         implementation: a name from `implementations()`. None: the one that the environment variable MSVMAMBA_SCAN names
             when the program is traced or else the fastest that runs on the default device (`jax.default_device`, or
-            a device of the default backend); always `xla` for float64. A program for the CPU of a machine with a GPU
-            must therefore ask for `xla`, or be traced with a CPU as the default device.
+            a device of the default backend) and takes this scan: GPU ones take no float64, and `mosaic` takes only so
+            many states as shared memory holds. A program for the CPU of a machine with a GPU must therefore ask for
+            `xla`, or be traced with a CPU as the default device.
 
     Returns:
         y (b, len(routes), h, w, d) in the dtype of `u`: for each route the output at every position *of the map*.
@@ -57,7 +58,7 @@ def selective_scan_2d(
 
     Raises:
         ValueError: shapes do not fit together, an unknown route, or an implementation that does not exist, cannot run
-            here or does not take these dtypes.
+            here or does not take this scan.
 
     Source: Gu and Dao, arXiv:2312.00752, algorithm 2, with the simplified (Euler) discretisation of B; chained routes
     as in MSVMamba, arXiv:2405.14174.
@@ -67,7 +68,7 @@ def selective_scan_2d(
     unknown = [route for route in routes if route not in ROUTES]
     if unknown or not routes:
         raise ValueError(f"routes must be one or more of {', '.join(ROUTES)}; got {list(routes)}")
-    chosen = choose(implementation, float64=any(x.dtype == jnp.float64 for x in inputs))
+    chosen = choose(implementation, inputs, routes)
     return _scan(chosen, routes, ScanInputs(*vary_alike(inputs)))
 
 

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from msvmamba_jax.kernels.selective_scan.routes import Route, ScanInputs
 
@@ -37,20 +38,31 @@ class Problem:
     states: int
     routes: int
     dtype: str  # of u: float32 or bfloat16
+    delta_dtype: str | None = None  # where it differs from that of u
 
     @classmethod
     def of(cls, direction: Direction, inputs: ScanInputs, routes: tuple[Route, ...]) -> Problem:
         """That of these inputs."""
         batch, height, width, channels = inputs.u.shape
-        return cls(direction, batch, height, width, channels, inputs.A.shape[1], len(routes), inputs.u.dtype.name)
+        dtype, delta_dtype = inputs.u.dtype.name, inputs.delta.dtype.name
+        return cls(
+            direction=direction,
+            batch=batch,
+            height=height,
+            width=width,
+            channels=channels,
+            states=inputs.A.shape[1],
+            routes=len(routes),
+            dtype=dtype,
+            delta_dtype=None if delta_dtype == dtype else delta_dtype,
+        )
 
     @property
     def key(self) -> str:
         """As it stands in `measured.json`."""
-        return (
-            f"{self.direction} {self.dtype} {self.batch}x{self.height}x{self.width}x{self.channels} "
-            f"states={self.states} routes={self.routes}"
-        )
+        shape = f"{self.batch}x{self.height}x{self.width}x{self.channels}"
+        delta = f" delta={self.delta_dtype}" if self.delta_dtype else ""
+        return f"{self.direction} {self.dtype} {shape} states={self.states} routes={self.routes}{delta}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Device:
 
     kind: str
     multiprocessors: int
+    shared_memory: int = 227 * 1024  # bytes that a block may ask for
 
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132)
@@ -77,7 +90,17 @@ def local_device() -> Device:
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return H100
-    return Device(device.device_kind, getattr(device, "core_count", H100.multiprocessors))
+    return Device(
+        kind=device.device_kind,
+        multiprocessors=getattr(device, "core_count", H100.multiprocessors),
+        shared_memory=getattr(device, "shared_memory_per_block_optin", H100.shared_memory),
+    )
+
+
+def float64_refusal(inputs: ScanInputs) -> str | None:
+    """Why a backend that computes in float32 does not take these inputs, as a clause; None if it does."""
+    names = [name for name, x in inputs._asdict().items() if x.dtype == jnp.float64]
+    return f"it computes in float32, and {names[0]} is float64" if names else None
 
 
 def choose(

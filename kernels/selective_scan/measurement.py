@@ -1,10 +1,11 @@
-"""How the scripts measure a scan: random inputs, calls one after another, the time of one, the difference of results.
+"""How the scripts measure a scan: which ones, random inputs, the time of a call, the difference of results.
 
 See `docs/selective_scan.md` for the reasons.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import math
@@ -21,12 +22,15 @@ import jax.numpy as jnp
 
 from msvmamba_jax.kernels.selective_scan.api import selective_scan_2d
 from msvmamba_jax.kernels.selective_scan.config import local_device
-from msvmamba_jax.kernels.selective_scan.costs import SPECIAL_FUNCTIONS_PER_CLOCK
+from msvmamba_jax.kernels.selective_scan.costs import SPECIAL_FUNCTIONS_PER_CLOCK, Direction
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
-from msvmamba_jax.kernels.selective_scan.shapes import ScanShape
+from msvmamba_jax.kernels.selective_scan.shapes import BATCHES, STAGES, TASKS, VARIANTS, ScanShape, shapes
 
 Function = Callable[..., Any]
 Arguments = tuple[Any, ...]
+
+DTYPES = ("bfloat16", "float32")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
 """Relative L2 difference between two implementations, each of which rounds its results to that dtype."""
@@ -59,6 +63,30 @@ class Measurement(NamedTuple):
     programs: float | None
     sets: int
     result: Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is measured, and how often."""
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--tasks", choices=list(TASKS), default=list(TASKS), **several)
+    parser.add_argument("--variants", choices=VARIANTS, default=list(VARIANTS), **several)
+    parser.add_argument("--batches", type=int, choices=BATCHES, default=list(BATCHES), nargs="+", metavar="N")
+    parser.add_argument("--stages", type=int, choices=STAGES, default=list(STAGES), nargs="+", metavar="N")
+    parser.add_argument("--dtypes", choices=DTYPES, default=list(DTYPES), **several)
+    parser.add_argument("--directions", choices=DIRECTIONS, default=list(DIRECTIONS), **several)
+    parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default: 5)")
+
+
+def selected_shapes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[ScanShape]:
+    """The shapes that the options of `add_options` select; a mistake in these ends the program with a message."""
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    selected = shapes(
+        tasks=arguments.tasks, variants=arguments.variants, batches=arguments.batches, stages=arguments.stages
+    )
+    if not selected:
+        parser.error("no shape has such a task, variant and batch; see kernels/selective_scan/shapes.py")
+    return selected
 
 
 def examples(shape: ScanShape, dtype: str, bytes_per_call: int) -> list[Example]:

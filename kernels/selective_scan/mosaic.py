@@ -1,4 +1,6 @@
-"""The selective scan as Pallas Mosaic GPU kernels, for NVIDIA Hopper and newer.
+"""The selective scan as Pallas Mosaic GPU kernels, for NVIDIA GPUs of compute capability 9.0 and higher.
+
+They are written for Hopper and measured on nothing else.
 
 A block is a warpgroup that takes one image and a block of channels along the whole path (all routes, one after the
 other), its states in registers. Tiles of u and delta come in, and tiles of y go out, through asynchronous copies
@@ -24,7 +26,14 @@ import jax
 import jax.numpy as jnp
 
 from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels
-from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, compute_capability, local_device
+from msvmamba_jax.kernels.selective_scan.config import (
+    Device,
+    Problem,
+    choose,
+    compute_capability,
+    float64_refusal,
+    local_device,
+)
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E
 from msvmamba_jax.kernels.selective_scan.routes import SHARED, Route, ScanInputs, along_rows
@@ -48,7 +57,6 @@ class Config:
     parts: int
 
 
-_SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that blocks can use
 _BLOCK = mosaic_block.THREADS  # channels
 _POSITIONS = 16  # of a tile, about: copies of 4 or 8 KiB
 
@@ -56,7 +64,8 @@ _POSITIONS = 16  # of a tile, about: copies of 4 or 8 KiB
 def heuristic(problem: Problem, device: Device) -> Config:
     """Enough blocks for the GPU, and enough bytes on the way to each multiprocessor.
 
-    As many stages (up to four) as let two blocks share a multiprocessor. The path stays whole if there is a block for
+    As many stages (two to four) as let two blocks share a multiprocessor, or else as many as one block has room for: a
+    single one, whose copies wait for the arithmetic, if nothing else fits. The path stays whole if there is a block for
     every second multiprocessor, since cutting it reads the inputs twice; otherwise each route is cut for two blocks to
     a multiprocessor, but into segments of four tiles at least.
     """
@@ -65,12 +74,13 @@ def heuristic(problem: Problem, device: Device) -> Config:
     if 2 * blocks < device.multiprocessors:
         wanted = -(-2 * device.multiprocessors // (blocks * problem.routes))
         parts = max(1, min(wanted, problem.height * problem.width // (4 * _POSITIONS)))
-    choices = [Config(stages, parts) for stages in (4, 3, 2)]
-    for share in (_SHARED_MEMORY // 2 - 1024, _SHARED_MEMORY):
-        for config in choices:
-            if _shared_bytes(problem, config) <= share:
-                return config
-    return choices[-1]
+    # Where blocks are to share, a single route counts as two: it rather keeps its stages than gets a second block.
+    chained = dataclasses.replace(problem, routes=max(2, problem.routes))
+    for counted, share in ((chained, device.shared_memory // 2 - 1024), (problem, device.shared_memory)):
+        for stages in (4, 3, 2):
+            if _shared_bytes(counted, Config(stages, parts), device) <= share:
+                return Config(stages, parts)
+    return Config(1, parts)
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
@@ -79,18 +89,18 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
     if parts != {1}:
         parts |= {part for start in parts for part in (start // 2, start * 2)}
     found = (Config(stages, part) for stages in (2, 3, 4, 6) for part in sorted(parts))
-    return [config for config in found if _shared_bytes(problem, config) <= _SHARED_MEMORY]
+    return [config for config in found if _shared_bytes(problem, config, device) <= device.shared_memory]
 
 
-def _shared_bytes(problem: Problem, config: Config) -> int:
-    geometry = _geometry(problem, _both_ways(problem), config)
-    return mosaic_block.shared_bytes(geometry, backward=problem.direction == "backward")
-
-
-def _both_ways(problem: Problem) -> tuple[Route, ...]:
-    """Routes that need as much shared memory as any so many."""
-    routes: tuple[Route, ...] = ("row", "column")
-    return routes * -(-problem.routes // 2)
+def _shared_bytes(problem: Problem, config: Config, device: Device) -> int:
+    """Of a block, along whichever routes need most: a problem tells their number only."""
+    axes: list[tuple[Route, ...]] = [("row",), ("column",)]
+    if problem.routes > 1:
+        axes.append(("row", "column"))
+    alternatives = [(some * problem.routes)[: problem.routes] for some in axes]
+    backward = problem.direction == "backward"
+    geometries = [_geometry(problem, routes, config, device) for routes in alternatives]
+    return max(mosaic_kernels.shared_bytes(geometry, backward=backward) for geometry in geometries)
 
 
 class Residuals(NamedTuple):
@@ -104,7 +114,26 @@ def unavailable() -> str | None:
     """Why this backend cannot run here, or None if it can."""
     if any((compute_capability(device) or 0) >= 9.0 for device in jax.local_devices()):
         return None
-    return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
+    return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or higher"
+
+
+def refusal(inputs: ScanInputs, routes: tuple[Route, ...]) -> str | None:
+    """Why this backend does not take a scan, as a clause; None if it does."""
+    if (reason := float64_refusal(inputs)) is not None:
+        return reason
+    device = local_device()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    problem = Problem.of("backward", jax.eval_shape(_in_kernel_dtypes, shapes), routes)
+    # What needs least, of the forward and the backward. Not what the heuristic proposes: that depends on the number of
+    # images, which is not yet known under `jax.vmap` or of a part of a sharded batch.
+    geometry = _geometry(problem, routes, Config(stages=1, parts=1), device)
+    needed = max(mosaic_kernels.shared_bytes(geometry, backward=backward) for backward in (False, True))
+    if needed > device.shared_memory:
+        return (
+            f"with {problem.states} states on {problem.height} x {problem.width} maps in {problem.dtype} a block would "
+            f"need {needed} bytes of shared memory, and the GPU has {device.shared_memory}"
+        )
+    return None
 
 
 def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
@@ -121,8 +150,8 @@ def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, R
 def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> ScanInputs:
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
     inputs, states = residuals
-    arrays = (*_in_kernel_dtypes(inputs), states, dy)
-    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays)
+    arrays = _in_kernel_dtypes(inputs)
+    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
     n = inputs.A.shape[1]
     dparameters = jnp.sum(dparameters, axis=0)
     gradients = ScanInputs(
@@ -148,8 +177,6 @@ def _launch(function: Callable[..., tuple[jax.Array, ...]], *options: Any) -> Ca
 
 
 def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
-    if jnp.float64 in (x.dtype for x in inputs):
-        raise ValueError("the mosaic scan computes in float32; for float64 choose implementation='xla'")
     u, delta = (x if x.dtype in (jnp.float32, jnp.bfloat16) else x.astype(jnp.float32) for x in inputs[:2])
     return inputs._replace(u=u, delta=delta)
 
@@ -157,8 +184,7 @@ def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
 def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """y, and with `save` the states."""
     inputs = ScanInputs(*arrays)
-    problem = Problem.of("forward", inputs, routes)
-    geometry = _geometry(problem, routes, _config(problem))
+    geometry = _geometry_here(Problem.of("forward", inputs, routes), routes)
     operands = _operands(inputs, geometry)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
@@ -169,8 +195,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     """du, ddelta (b, h, w, d), dBC (b, h, w, 2n), and the gradients of A, D and the bias (b, n + 2, d)."""
     inputs = ScanInputs(*arrays[:7])
     states, dy = arrays[7:]
-    problem = Problem.of("backward", inputs, routes)
-    geometry = _geometry(problem, routes, _config(problem))
+    geometry = _geometry_here(Problem.of("backward", inputs, routes), routes)
     operands, dy = _operands(inputs, geometry), _fill_up(dy, geometry.channels)
     ends = later = None
     if geometry.parts > 1:
@@ -182,31 +207,43 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     return du, ddelta, _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
 
 
-def _config(problem: Problem) -> Config:
-    return choose("mosaic", problem, local_device(), heuristic)
+def _geometry_here(problem: Problem, routes: tuple[Route, ...]) -> mosaic_block.Geometry:
+    device = local_device()
+    return _geometry(problem, routes, choose("mosaic", problem, device, heuristic), device)
 
 
-def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config) -> mosaic_block.Geometry:
+def _geometry(problem: Problem, routes: tuple[Route, ...], config: Config, device: Device) -> mosaic_block.Geometry:
     route_tiles = tuple(tiles(route, problem.height, problem.width, _POSITIONS) for route in routes)
     channels = problem.channels + -problem.channels % _WORD
-    # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the edge of the map or of
-    # its channels would fall on what lies next. So choose blocks, and if need be channels, for which no such box is.
-    choices = ((channels, _BLOCK), (channels, 2 * _BLOCK), (channels + _WORD, _BLOCK))
-    channels, block = next(
-        choice for choice in choices if not any(_spills(route, problem.width, *choice) for route in route_tiles)
-    )
-    return mosaic_block.Geometry(
+    geometry = mosaic_block.Geometry(
         routes=route_tiles,
         batch=problem.batch,
         height=problem.height,
         width=problem.width,
         channels=channels,
-        block=block,
+        block=_BLOCK,
         states=problem.states,
         stages=config.stages,
         parts=config.parts,
         dtype=jnp.dtype(problem.dtype),
+        delta_dtype=jnp.dtype(problem.delta_dtype or problem.dtype),
     )
+    # Pallas writes a box that is contiguous in memory as one piece, so that what reaches over the edge of the map or of
+    # its channels would fall on what lies next. So choose blocks, and if need be channels, for which no such box is.
+    choices = [
+        dataclasses.replace(geometry, channels=channels, block=block)
+        for channels, block in ((channels, _BLOCK), (channels, 2 * _BLOCK), (channels + _WORD, _BLOCK))
+        if not any(_spills(route, problem.width, channels, block) for route in route_tiles)
+    ]
+    # More channels mean copies of the maps, but smaller blocks than twice as large ones. What is kept must not depend
+    # on the direction or on the configuration, so neither must this.
+    return next((choice for choice in choices if _fits(choice, device)), choices[-1])
+
+
+def _fits(geometry: mosaic_block.Geometry, device: Device) -> bool:
+    """Whether some configuration of the backward, which needs more than the forward, has room."""
+    least = dataclasses.replace(geometry, stages=1, parts=1)
+    return mosaic_kernels.shared_bytes(least, backward=True) <= device.shared_memory
 
 
 def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ _PARAMETERS = plgpu.CompilerParams(
     approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
 _FOLDED = 8  # segments whose ends are loaded at a time
+_ALIGNMENT = 1024  # bytes; where Mosaic GPU lets each buffer in shared memory begin
+_BARRIER = 8  # bytes
 ROW = 32  # floats; the copy engine is asked for multiples of 128 bytes
 
 
@@ -48,6 +51,7 @@ class Geometry:
     stages: int  # tiles of the inputs that are in shared memory or on the way
     parts: int  # segments of a route; 1: the path is whole
     dtype: Any  # of u
+    delta_dtype: Any
 
     @property
     def blocks(self) -> int:
@@ -105,19 +109,6 @@ class Geometry:
         return rows + -rows % _WARPS
 
 
-def shared_bytes(geometry: Geometry, *, backward: bool) -> int:
-    """Shared memory of a block of `scan` or `scan_backward`, if delta has the dtype of u."""
-    g = geometry
-    vector = 4 * g.block
-    tile = g.positions * g.block * jnp.dtype(g.dtype).itemsize
-    values = 0 if g.states == 1 else g.states * vector  # of one kind, for each state
-    if not backward:
-        return g.stages * (2 * tile + 4 * g.packed) + 2 * tile + 2 * values
-    maps = 5 if g.merges else 3
-    inputs = maps * tile + 4 * g.packed + g.chunks * g.states * vector
-    return g.stages * inputs + 4 * tile + 2 * g.sums * vector + 3 * values
-
-
 class Operands(NamedTuple):
     """The inputs of the scan as the kernels take them."""
 
@@ -149,8 +140,9 @@ class Block:
 
     def __init__(self, geometry: Geometry, operands: Operands, scratch: dict[str, Any]):
         self._geometry, self._operands, self._scratch = geometry, operands, scratch
-        self.image = lax.axis_index("image")
-        self.number = lax.axis_index("channels")
+        block = lax.axis_index("block")
+        self.image = lax.div(block, geometry.blocks)
+        self.number = lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
         self._bias = operands.bias[self.channels]
         self.D = operands.D[self.channels]
@@ -440,11 +432,11 @@ def output_buffer(geometry: Geometry, dtype: Any) -> Any:
     return plgpu.SMEM((2, geometry.positions, geometry.block), dtype)
 
 
-def input_buffers(geometry: Geometry, operands: Operands) -> dict[str, Any]:
+def input_buffers(geometry: Geometry) -> dict[str, Any]:
     """What every kernel needs."""
     return {
-        "u": input_buffer(geometry, operands.u.dtype),
-        "delta": input_buffer(geometry, operands.delta.dtype),
+        "u": input_buffer(geometry, geometry.dtype),
+        "delta": input_buffer(geometry, geometry.delta_dtype),
         "BC": plgpu.SMEM((geometry.stages, geometry.packed // ROW, ROW), jnp.float32),
         **state_buffers(geometry, "A"),
     }
@@ -457,25 +449,40 @@ def state_buffers(geometry: Geometry, *names: str) -> dict[str, Any]:
     return {name: plgpu.SMEM((geometry.states, geometry.block), jnp.float32) for name in names}
 
 
-def kernel(
-    geometry: Geometry, body: Callable[..., None], out_type: Any, buffers: dict[str, Any], *, inputs: Sequence[int]
-) -> Callable[..., Any]:
+class Scratch(NamedTuple):
+    """What a block of a kernel has in shared memory."""
+
+    buffers: dict[str, Any]
+    inputs: tuple[int, ...]  # numbers of inputs with which it walks: each has barriers of its own
+    sums: bool = False  # whether it sums over channels
+
+    def bytes(self, stages: int) -> int:
+        """As Mosaic GPU lays it out."""
+        sizes = (math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in self.buffers.values())
+        sums = _PARAMETERS.reduction_scratch_bytes if self.sums else 0  # set aside even where none of it is used
+        aligned = sum(size + -size % _ALIGNMENT for size in (*sizes, sums))
+        return aligned + _BARRIER * stages * len(self.inputs)
+
+
+def kernel(geometry: Geometry, body: Callable[..., None], out_type: Any, scratch: Scratch) -> Callable[..., Any]:
     """A kernel with a block for each image, block of channels and segment.
 
     Args:
         geometry: of the problem.
         body: takes references to the arrays and results, and those to the buffers as the dictionary `scratch`.
         out_type: of the results.
-        buffers: in shared memory.
-        inputs: numbers of inputs with which `body` walks.
+        scratch: in shared memory.
     """
-    barriers = {_barrier(n): plgpu.Barrier(num_arrivals=n, num_barriers=geometry.stages) for n in inputs}
+    barriers = {_barrier(n): plgpu.Barrier(num_arrivals=n, num_barriers=geometry.stages) for n in scratch.inputs}
     return plgpu.kernel(
-        lambda *refs, **scratch: body(*refs, scratch=scratch),
+        lambda *refs, **buffers: body(*refs, scratch=buffers),
         out_type=out_type,
-        scratch_types=buffers | barriers,
-        grid=(geometry.blocks, geometry.batch, geometry.segments),
-        grid_names=("channels", "image", "segment"),
+        scratch_types=scratch.buffers | barriers,
+        # The last axis becomes CUDA's x, the only one that may be longer than 65535 and the one that advances first. So
+        # images lie on it, and blocks of channels within an image: these read the same B and C, and maps whose channels
+        # lie side by side in memory, at about the same time, so that the second finds them in the L2 cache.
+        grid=(geometry.segments, geometry.batch * geometry.blocks),
+        grid_names=("segment", "block"),
         compiler_params=_PARAMETERS,
     )
 

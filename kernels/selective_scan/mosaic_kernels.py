@@ -13,13 +13,13 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     Block,
     Geometry,
     Operands,
+    Scratch,
     input_buffer,
     input_buffers,
     kernel,
     output_buffer,
     state_buffers,
 )
-from msvmamba_jax.kernels.selective_scan.partitioning import result_shape
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, retreat, softplus_slopes
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
@@ -37,9 +37,9 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
         y (b, routes, h, w, d) and, with `save`, the states (b, chunks of the path, n, lanes) before each chunk.
     """
     g = geometry
-    out_type = [result_shape((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype, operands.u)]
+    out_type = [jax.ShapeDtypeStruct((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype)]
     if save:
-        out_type.append(result_shape((g.batch, g.first_chunk[-1], g.states, g.lanes), jnp.float32, operands.u))
+        out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], g.states, g.lanes), jnp.float32))
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -72,8 +72,13 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
         block.along_path(False, lambda segment: block.entering(ends_ref, segment), route, lambda segment, h: None)
 
     arrays = operands if ends is None else (*operands, ends)
-    buffers = input_buffers(g, operands) | state_buffers(g, "h") | {"y": output_buffer(g, g.dtype)}
-    return kernel(g, body, out_type, buffers, inputs=[3])(*arrays)
+    return kernel(g, body, out_type, _scan_scratch(g))(*arrays)
+
+
+def _scan_scratch(geometry: Geometry) -> Scratch:
+    g = geometry
+    buffers = input_buffers(g) | state_buffers(g, "h") | {"y": output_buffer(g, g.dtype)}
+    return Scratch(buffers, inputs=(3,))
 
 
 def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
@@ -83,7 +88,7 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
     exp(S A) h to the one left.
     """
     g = geometry
-    out_type = result_shape((g.batch, g.segments, g.states + 1, g.lanes), jnp.float32, operands.u)
+    out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states + 1, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -114,7 +119,8 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
 
         block.along_path(False, lambda segment: (block.zero_states("h"), block.full(0.0)), route, finish)
 
-    return kernel(g, body, out_type, input_buffers(g, operands) | state_buffers(g, "h"), inputs=[3])(*operands)
+    scratch = Scratch(input_buffers(g) | state_buffers(g, "h"), inputs=(3,))
+    return kernel(g, body, out_type, scratch)(*operands)
 
 
 def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) -> jax.Array:
@@ -123,7 +129,7 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
     The gradient with respect to the state that enters a segment if none reaches its end from later ones.
     """
     g = geometry
-    out_type = result_shape((g.batch, g.segments, g.states, g.lanes), jnp.float32, operands.u)
+    out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
         block = Block(g, Operands(*refs[:6]), scratch)
@@ -155,8 +161,8 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
 
         block.along_path(True, lambda segment: block.zero_states("r"), route, finish)
 
-    buffers = input_buffers(g, operands) | state_buffers(g, "r") | {"dy": input_buffer(g, dy.dtype)}
-    return kernel(g, body, out_type, buffers, inputs=[4])(*operands, dy)
+    scratch = Scratch(input_buffers(g) | state_buffers(g, "r") | {"dy": input_buffer(g, g.dtype)}, inputs=(4,))
+    return kernel(g, body, out_type, scratch)(*operands, dy)
 
 
 def scan_backward(
@@ -172,7 +178,7 @@ def scan_backward(
     Args:
         geometry: of the problem.
         operands: the inputs.
-        dy: gradient of y (b, routes, h, w, d).
+        dy: gradient of y (b, routes, h, w, d), in the dtype of u.
         states: those that `scan` kept.
         ends: of `segment_ends` if the path is cut.
         later: of `later_segment_ends` if the path is cut.
@@ -185,10 +191,10 @@ def scan_backward(
     g = geometry
     maps = (g.batch, 1 if g.merges else len(g.routes), g.height, g.width, g.channels)
     out_type = [
-        result_shape(maps, g.dtype, operands.u),
-        result_shape(maps, operands.delta.dtype, operands.u),
-        result_shape((g.batch, g.blocks, g.first_chunk[-1], g.states, g.sums), jnp.float32, operands.u),
-        result_shape((g.batch, g.segments, g.states + 2, g.lanes), jnp.float32, operands.u),
+        jax.ShapeDtypeStruct(maps, g.dtype),
+        jax.ShapeDtypeStruct(maps, g.delta_dtype),
+        jax.ShapeDtypeStruct((g.batch, g.blocks, g.first_chunk[-1], g.states, g.sums), jnp.float32),
+        jax.ShapeDtypeStruct((g.batch, g.segments, g.states + 2, g.lanes), jnp.float32),
     ]
     cut = ends is not None
 
@@ -268,16 +274,27 @@ def scan_backward(
 
         block.along_path(True, start, route, finish)
 
-    buffers = input_buffers(g, operands) | state_buffers(g, "r", "dA")
+    more = (ends, later) if cut else ()
+    return tuple(kernel(g, body, out_type, _scan_backward_scratch(g))(*operands, dy, states, *more))
+
+
+def _scan_backward_scratch(geometry: Geometry) -> Scratch:
+    g = geometry
+    buffers = input_buffers(g) | state_buffers(g, "r", "dA")
     buffers |= {
-        "dy": input_buffer(g, dy.dtype),
+        "dy": input_buffer(g, g.dtype),
         "states": plgpu.SMEM((g.stages, g.chunks, g.states, g.block), jnp.float32),
         "du": output_buffer(g, g.dtype),
-        "ddelta": output_buffer(g, operands.delta.dtype),
+        "ddelta": output_buffer(g, g.delta_dtype),
         "sums": plgpu.SMEM((2, g.sums, g.block), jnp.float32),
     }
     if g.merges:
         buffers["earlier du"] = input_buffer(g, g.dtype)
-        buffers["earlier ddelta"] = input_buffer(g, operands.delta.dtype)
-    more = (ends, later) if cut else ()
-    return tuple(kernel(g, body, out_type, buffers, inputs=[5, 7] if g.merges else [5])(*operands, dy, states, *more))
+        buffers["earlier ddelta"] = input_buffer(g, g.delta_dtype)
+    return Scratch(buffers, inputs=(5, 7) if g.merges else (5,), sums=True)
+
+
+def shared_bytes(geometry: Geometry, *, backward: bool) -> int:
+    """Shared memory of a block of `scan` or `scan_backward`; the kernels that run before these take less."""
+    scratch = _scan_backward_scratch(geometry) if backward else _scan_scratch(geometry)
+    return scratch.bytes(geometry.stages)

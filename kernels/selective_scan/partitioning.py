@@ -17,7 +17,6 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 Launch = Callable[..., tuple[jax.Array, ...]]
 
@@ -41,11 +40,6 @@ def by_image(function: Launch, *, shared: Sequence[int]) -> Launch:
         A function of the same signature. Outside of `jax.jit` it caches what it compiled, so keep it.
     """
     return _Images(function, frozenset(shared)).launch(1)
-
-
-def result_shape(shape: Sequence[int], dtype: DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a Pallas kernel is to declare as a result: it differs between the shards of a `jax.shard_map` as `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def vary_alike(arrays: Iterable[jax.Array]) -> tuple[jax.Array, ...]:

@@ -16,7 +16,7 @@ LOG2_E = 1.4426950408889634
 
 # log(1 + e) = e P(e) on [0, 1]; P is a polynomial of least relative error, lowest power first. The logarithm of the
 # hardware has a small absolute error only, and step sizes of 1e-3 would lose three digits.
-_LOG1P_PRECISE = (  # 2e-7 in float32
+LOG1P_PRECISE = (  # 2e-7 in float32
     0.99999997,
     -0.499994931,
     0.333190969,
@@ -36,7 +36,7 @@ def softplus(xs: Sequence[Any], *, precise: bool) -> list[Any]:
     To which the rounded exponent adds up to 1e-7 |x| where x is negative.
     """
     es = exp2([jnp.abs(x) * -LOG2_E for x in xs])
-    coefficients = _LOG1P_PRECISE if precise else _LOG1P_SHORT
+    coefficients = LOG1P_PRECISE if precise else _LOG1P_SHORT
     polynomials = [e * coefficients[-1] + coefficients[-2] for e in es]
     for coefficient in coefficients[-3::-1]:
         polynomials = [polynomial * e + coefficient for polynomial, e in zip(polynomials, es, strict=True)]

@@ -16,16 +16,17 @@ ROUTES: tuple[Route, ...] = get_args(Route)
 class ScanInputs(NamedTuple):
     """What a backend receives: checked, complete, channels last.
 
-    Shapes: b images, h rows, w columns, d channels, n states per channel.
+    Shapes: b images, h rows, w columns, d channels, n states per channel. Dtypes: each array has the floating dtype in
+    which the caller gave it; a backend converts to what it computes in.
     """
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d), before the bias and the softplus
-    A: jax.Array  # (d, n), float32
+    A: jax.Array  # (d, n)
     B: jax.Array  # (b, h, w, n)
     C: jax.Array  # (b, h, w, n)
-    D: jax.Array  # (d,), float32
-    delta_bias: jax.Array  # (d,), float32
+    D: jax.Array  # (d,)
+    delta_bias: jax.Array  # (d,)
 
 
 SHARED = tuple(ScanInputs._fields.index(name) for name in ("A", "D", "delta_bias"))

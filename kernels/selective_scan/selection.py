@@ -17,7 +17,7 @@ VARIABLE = "MSVMAMBA_SCAN"
 """Environment variable with the name of an implementation, for where none is given in the program."""
 
 FALLBACK = "xla"
-"""Runs anywhere, for any dtype."""
+"""Runs anywhere and takes any scan."""
 
 _NAMES = ("mosaic", "triton", FALLBACK)  # modules of this package, the fastest first
 _LOGGER = logging.getLogger("msvmamba_jax.kernels.selective_scan")
@@ -38,6 +38,9 @@ class Implementation(NamedTuple):
     unavailable: Callable[[], str | None]
     """None where it can run; otherwise one clause that says why it cannot."""
 
+    refusal: Callable[[ScanInputs, tuple[Route, ...]], str | None]
+    """None if it takes this scan, forward and backward; otherwise one clause that says why it does not."""
+
 
 def implementations() -> tuple[str, ...]:
     """Names that `implementation=` accepts, the fastest first."""
@@ -53,7 +56,7 @@ def available_implementations() -> dict[str, str | None]:
 def load(name: str) -> Implementation:
     """Imports an implementation: not before it is needed, since GPU ones take long and may not be installed."""
     module = importlib.import_module(f"{__package__}.{name}")
-    return Implementation(module.run, module.forward, module.backward, module.unavailable)
+    return Implementation(module.run, module.forward, module.backward, module.unavailable, module.refusal)
 
 
 def requested_implementation(implementation: str | None) -> str | None:
@@ -62,9 +65,7 @@ def requested_implementation(implementation: str | None) -> str | None:
     Raises:
         ValueError: there is no such implementation, or it cannot run here.
     """
-    name, source = implementation, ""
-    if name is None:
-        name, source = os.environ.get(VARIABLE) or None, f" (from {VARIABLE})"
+    name, source = _request(implementation)
     if name is None:
         return None
     if name not in implementations():
@@ -76,36 +77,54 @@ def requested_implementation(implementation: str | None) -> str | None:
     return name
 
 
-def choose(implementation: str | None, *, float64: bool) -> str:
-    """The implementation that runs: the one asked for, or the fastest that can run here.
+def choose(implementation: str | None, inputs: ScanInputs, routes: tuple[Route, ...]) -> str:
+    """The implementation that runs: the one asked for, or the fastest that can run here and takes this scan.
 
     Args:
         implementation: a name, or None.
-        float64: whether an input has that dtype, which only the fallback takes.
+        inputs: of the scan; only their shapes and dtypes matter.
+        routes: of the scan.
 
     Raises:
-        ValueError: as `requested_implementation`, or the one asked for does not take float64.
+        ValueError: as `requested_implementation`, or the one asked for does not take this scan.
     """
     name = requested_implementation(implementation)
     if name is None:
-        name, reason = _best(float64)
+        name, reason = _best(inputs, routes)
         _log_once(f"selective scan: {name} ({reason}; {VARIABLE} or implementation= chooses another)")
-    elif float64 and name != FALLBACK:
-        raise ValueError(f"scan implementation {name!r} takes no float64 inputs; {FALLBACK!r} does")
-    elif implementation is None:
+        return name
+    refusal = load(name).refusal(inputs, routes)
+    if refusal is not None:
+        _, source = _request(implementation)
+        raise ValueError(
+            f"scan implementation {name!r}{source} does not take this scan: {refusal}; use implementation={FALLBACK!r}"
+        )
+    if implementation is None:
         _log_once(f"selective scan: {name} (from {VARIABLE})")
     return name
 
 
-def _best(float64: bool) -> tuple[str, str]:
-    """The fastest implementation that can run here, and why it is the one."""
-    if float64:
-        return FALLBACK, "the one that takes float64"
+def _request(implementation: str | None) -> tuple[str | None, str]:
+    """The name that is asked for, if any, and where it comes from if not from the argument."""
+    if implementation is not None:
+        return implementation, ""
+    return os.environ.get(VARIABLE) or None, f" (from {VARIABLE})"
+
+
+def _best(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[str, str]:
+    """The fastest implementation that can run here and takes this scan, and why it is the one."""
     device = _default_device()
-    name = FALLBACK
+    reasons = [f"the fastest that runs on {device.device_kind}"]
     if device.platform == "gpu":
-        name = next(name for name in implementations() if load(name).unavailable() is None)
-    return name, f"the fastest that runs on {device.device_kind}"
+        for name in implementations():
+            implementation = load(name)
+            if implementation.unavailable() is not None:
+                continue
+            refusal = implementation.refusal(inputs, routes)
+            if refusal is None:
+                return name, "; ".join(reasons)
+            reasons.append(f"{name} does not take this scan: {refusal}")
+    return FALLBACK, "; ".join(reasons)
 
 
 def _default_device() -> jax.Device:

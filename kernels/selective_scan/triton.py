@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, compute_capability, local_device
+from msvmamba_jax.kernels.selective_scan.config import (
+    Device,
+    Problem,
+    choose,
+    compute_capability,
+    float64_refusal,
+    local_device,
+)
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.routes import SHARED, Route, ScanInputs, along_rows, is_reversed
 
@@ -56,6 +63,11 @@ def unavailable() -> str | None:
     if not any((compute_capability(device) or 0) >= 8.0 for device in jax.local_devices()):
         return "no NVIDIA GPU of compute capability 8.0 or newer among the devices"
     return None
+
+
+def refusal(inputs: ScanInputs, routes: tuple[Route, ...]) -> str | None:
+    """Why this backend does not take a scan, as a clause; None if it does."""
+    return float64_refusal(inputs)
 
 
 def heuristic(problem: Problem, device: Device) -> Config:
@@ -411,8 +423,6 @@ def _total(arrays: Sequence[jax.Array], dtype: jnp.dtype, axis: int | None = Non
 
 def _for_kernels(inputs: ScanInputs) -> ScanInputs:
     """The inputs in dtypes that the kernels compute with."""
-    if any(x.dtype == jnp.float64 for x in inputs):
-        raise ValueError('float64 is beyond this implementation: use implementation="xla"')
     u = inputs.u if inputs.u.dtype in (jnp.float32, jnp.bfloat16) else inputs.u.astype(jnp.float32)
     parameters = {name: getattr(inputs, name).astype(jnp.float32) for name in ("A", "D", "delta_bias")}
     of_positions = {

@@ -22,23 +22,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG1P = (
-    0.99999994,
-    -0.49999493,
-    0.33319098,
-    -0.24842985,
-    0.19106013,
-    -0.13663258,
-    0.078226067,
-    -0.029505301,
-    0.0052327081,
+from msvmamba_jax.kernels.selective_scan.triton_chunk import (
+    LOG2_E,
+    chunk_start,
+    indices,
+    load_bias,
+    load_chunk,
+    load_scaled_a,
+    log1p_exp,
+    on_line,
+    or_zero,
+    program_indices,
+    saved_state,
+    segment_chunks,
+    state_offsets,
+    step_size,
+    times_states,
 )
-"""log1p(e) = e * polynomial(e) on [0, 1], lowest power first: relative error 2e-7 when evaluated in float32. The
-logarithm of the hardware has a small absolute error only, which would ruin small steps."""
 
-_LOG1P = tl.constexpr(LOG1P)
-_LOG1P_TERMS = tl.constexpr(len(LOG1P))
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LANES = tl.constexpr(32)
 _SUMMARIES_AT_ONCE = tl.constexpr(8)  # whose loads are in flight together
@@ -53,136 +54,6 @@ def _bit_length(number):
 def _may_be_due(plan, k):
     """Whether the state before position k of a chunk, or of some chunks, is to be saved."""
     return plan.interval > 0 and k % plan.interval == 0
-
-
-# Addresses and masks
-
-
-@triton.jit
-def _program(PLAN: tl.constexpr):
-    """Image (in 64 bits, since it scales offsets), segment and tile; the tiles of a segment run side by side."""
-    program = tl.program_id(0)
-    image = (program // (PLAN.segments * PLAN.tiles)).to(tl.int64)
-    return image, (program // PLAN.tiles) % PLAN.segments, program % PLAN.tiles
-
-
-@triton.jit
-def _indices(start, SIZE: tl.constexpr, LIMIT: tl.constexpr):
-    """SIZE indices from `start`, a multiple of SIZE, and the mask of those below LIMIT."""
-    index = start + tl.arange(0, SIZE)
-    # The compiler drops the constant, unlike a comparison that is always true.
-    return index, tl.full((SIZE,), True, tl.int1) if LIMIT % SIZE == 0 else index < LIMIT
-
-
-@triton.jit
-def _segment_chunks(segment, PLAN: tl.constexpr):
-    """First and last (exclusive) chunk of a segment."""
-    first = tl.minimum(segment * PLAN.chunks_per_segment, PLAN.chunks)
-    return first, tl.minimum(first + PLAN.chunks_per_segment, PLAN.chunks)
-
-
-@triton.jit
-def _chunk(index, PLAN: tl.constexpr):
-    """First map position (64 bits) of a chunk, its line, and how far into the line it starts."""
-    line = index // PLAN.chunks_per_line
-    offset = (index % PLAN.chunks_per_line) * PLAN.unroll
-    position = PLAN.start + line * PLAN.line_step + offset * PLAN.step
-    return position.to(tl.int64), line, offset
-
-
-@triton.jit
-def _saved_state(line, offset, PLAN: tl.constexpr):
-    """Offset in the saved states of the one before the position `offset` of a line."""
-    return (line * PLAN.saved_per_line + offset // PLAN.interval).to(tl.int64) * (PLAN.states * PLAN.channels)
-
-
-@triton.jit
-def _on_line(mask, position, PLAN: tl.constexpr):
-    """`mask` where `position` of a line exists."""
-    if PLAN.whole:
-        return mask
-    else:
-        return mask & (position < PLAN.length)
-
-
-@triton.jit
-def _load_chunk(pointers, mask, index, SPACING: tl.constexpr, PLAN: tl.constexpr):
-    """One vector for each position of a chunk, zeros past the end of its line.
-
-    Args:
-        pointers: to the vector of map position 0.
-        mask: of the vector's elements.
-        index: of the chunk.
-        SPACING: elements between the vectors of neighbours on the map.
-        PLAN: what is computed.
-    """
-    UNROLL: tl.constexpr = PLAN.unroll
-    position, _, offset = _chunk(index, PLAN)
-    pointers += position * SPACING
-    values = ()
-    for k in tl.static_range(UNROLL):
-        here = _on_line(mask, offset + k, PLAN)
-        values = values + (tl.load(pointers + k * PLAN.step * SPACING, mask=here, other=0.0),)
-    return values
-
-
-@triton.jit
-def _state_offsets(channel, PLAN: tl.constexpr):
-    """Offsets (padded, tile) in a (states, channels) array."""
-    return tl.arange(0, PLAN.padded)[:, None] * PLAN.channels + channel[None, :]
-
-
-@triton.jit
-def _load_scaled_a(A, channel, tile_mask, PLAN: tl.constexpr):
-    """A (padded, tile) in units of log(2), so that decays are powers of two."""
-    pointers = A + channel[None, :] * PLAN.states + tl.arange(0, PLAN.padded)[:, None]
-    return tl.load(pointers, mask=tile_mask, other=0.0) * _LOG2_E
-
-
-@triton.jit
-def _load_bias(bias, channel_mask):
-    """The bias (tile,), loaded after all loads that come before it in the program.
-
-    Every chunk loads it anew, from the cache. The assembler would otherwise delay the loads of the next chunk, to save
-    registers, until after the computations of this one, which nothing keeps behind them: then every chunk would wait
-    for memory. Loads do not move across a barrier, and the computations cannot start without the bias.
-    """
-    tl.debug_barrier()
-    return tl.load(bias, mask=channel_mask, other=0.0)
-
-
-# Arithmetic
-
-
-@triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(-|x|)): what softplus(x) adds to max(x, 0)."""
-    e = tl.exp2(tl.abs(x) * -_LOG2_E)
-    polynomial = e * _LOG1P[_LOG1P_TERMS - 1] + _LOG1P[_LOG1P_TERMS - 2]
-    for i in tl.static_range(2, _LOG1P_TERMS):
-        polynomial = polynomial * e + _LOG1P[_LOG1P_TERMS - 1 - i]
-    return e * polynomial
-
-
-@triton.jit
-def _or_zero(x, position, PLAN: tl.constexpr):
-    """`x`, or zero past the end of a line. A step of zero makes the decay 1 and the drive 0."""
-    if PLAN.whole:
-        return x
-    else:
-        return tl.where(position < PLAN.length, x, 0.0)
-
-
-@triton.jit
-def _step_size(delta, bias, position, PLAN: tl.constexpr):
-    raw = delta.to(tl.float32) + bias
-    return _or_zero(tl.maximum(raw, 0.0) + _log1p_exp(raw), position, PLAN)
-
-
-@triton.jit
-def _times_states(x, y):
-    """Outer product (padded, tile) of x (tile,) and y (padded,) in float32."""
-    return x.to(tl.float32)[None, :] * y.to(tl.float32)[:, None]
 
 
 # Segments: from its first position to its last, one makes `exp2(total * A) * state + end` of a state
@@ -201,18 +72,18 @@ def summary_kernel(
 ):
     """Summaries of segments, for states that walk forwards, or for REVERSE for gradients that walk backwards."""
     UNROLL: tl.constexpr = PLAN.unroll
-    image, segment, tile = _program(PLAN)
-    channel, channel_mask = _indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
-    state, state_mask = _indices(0, PLAN.padded, PLAN.states)
+    image, segment, tile = program_indices(PLAN)
+    channel, channel_mask = indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
+    state, state_mask = indices(0, PLAN.padded, PLAN.states)
     tile_mask = state_mask[:, None] & channel_mask[None, :]
-    A_tile = _load_scaled_a(A, channel, tile_mask, PLAN)
+    A_tile = load_scaled_a(A, channel, tile_mask, PLAN)
     x += (image * PLAN.routes + PLAN.route if REVERSE else image) * (PLAN.positions * PLAN.channels) + channel
     delta += image * (PLAN.positions * PLAN.channels) + channel
     BC += image * (PLAN.positions * PLAN.states) + state
 
     end = tl.full((PLAN.padded, PLAN.tile), 0.0, tl.float32)
     total = tl.full((PLAN.tile,), 0.0, tl.float32)
-    first, last = _segment_chunks(segment, PLAN)
+    first, last = segment_chunks(segment, PLAN)
     start = tl.maximum(last - 1, 0) if REVERSE else tl.minimum(first, PLAN.chunks - 1)
     ahead = _load_three(x, delta, BC, start, channel_mask, state_mask, PLAN)
     for i in range(last - first):
@@ -220,28 +91,28 @@ def summary_kernel(
         index = last - 1 - i if REVERSE else first + i
         following = tl.maximum(index - 1, 0) if REVERSE else tl.minimum(index + 1, PLAN.chunks - 1)
         ahead = _load_three(x, delta, BC, following, channel_mask, state_mask, PLAN)
-        bias_tile = _load_bias(bias + channel, channel_mask)
-        offset = _chunk(index, PLAN)[2]
+        bias_tile = load_bias(bias + channel, channel_mask)
+        offset = chunk_start(index, PLAN)[2]
         for k in tl.static_range(UNROLL - 1 if REVERSE else 0, -1 if REVERSE else UNROLL, -1 if REVERSE else 1):
-            step = _step_size(deltas[k], bias_tile, offset + k, PLAN)
+            step = step_size(deltas[k], bias_tile, offset + k, PLAN)
             decay = tl.exp2(step[None, :] * A_tile)
             if REVERSE:
-                end = decay * (_times_states(xs[k], BCs[k]) + end)
+                end = decay * (times_states(xs[k], BCs[k]) + end)
             else:
-                end = decay * end + _times_states(step * xs[k].to(tl.float32), BCs[k])
+                end = decay * end + times_states(step * xs[k].to(tl.float32), BCs[k])
             total += step
 
     summaries += (image * PLAN.segments + segment) * ((PLAN.states + 1) * PLAN.channels)
-    tl.store(summaries + _state_offsets(channel, PLAN), end, mask=tile_mask)
+    tl.store(summaries + state_offsets(channel, PLAN), end, mask=tile_mask)
     tl.store(summaries + PLAN.states * PLAN.channels + channel, total, mask=channel_mask)
 
 
 @triton.jit
 def _load_three(x, delta, BC, index, channel_mask, state_mask, PLAN: tl.constexpr):
     return (
-        _load_chunk(x, channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(delta, channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(BC, state_mask, index, PLAN.states, PLAN),
+        load_chunk(x, channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(delta, channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(BC, state_mask, index, PLAN.states, PLAN),
     )
 
 
@@ -264,7 +135,7 @@ def _state_at_start(
         DIRECTION: from a segment to the next one, 1 or -1.
     """
     if PLAN.resumes:
-        state = tl.load(start + _state_offsets(channel, PLAN), mask=tile_mask, other=0.0)
+        state = tl.load(start + state_offsets(channel, PLAN), mask=tile_mask, other=0.0)
     else:
         state = tl.full((PLAN.padded, PLAN.tile), 0.0, tl.float32)
     if PLAN.segments > 1:
@@ -274,7 +145,7 @@ def _state_at_start(
             for k in tl.static_range(_SUMMARIES_AT_ONCE):
                 exists = i + k < count
                 at = summaries + (first + DIRECTION * (i + k)) * ((PLAN.states + 1) * PLAN.channels)
-                ends = ends + (tl.load(at + _state_offsets(channel, PLAN), mask=tile_mask & exists, other=0.0),)
+                ends = ends + (tl.load(at + state_offsets(channel, PLAN), mask=tile_mask & exists, other=0.0),)
                 total = at + PLAN.states * PLAN.channels + channel
                 totals = totals + (tl.load(total, mask=channel_mask & exists, other=0.0),)
             for k in tl.static_range(_SUMMARIES_AT_ONCE):
@@ -304,11 +175,11 @@ def forward_kernel(
 ):
     """y along one route."""
     UNROLL: tl.constexpr = PLAN.unroll
-    image, segment, tile = _program(PLAN)
-    channel, channel_mask = _indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
-    state, state_mask = _indices(0, PLAN.padded, PLAN.states)
+    image, segment, tile = program_indices(PLAN)
+    channel, channel_mask = indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
+    state, state_mask = indices(0, PLAN.padded, PLAN.states)
     tile_mask = state_mask[:, None] & channel_mask[None, :]
-    A_tile = _load_scaled_a(A, channel, tile_mask, PLAN)
+    A_tile = load_scaled_a(A, channel, tile_mask, PLAN)
     D_tile = tl.load(D + channel, mask=channel_mask, other=0.0)
     start += image * (PLAN.states * PLAN.channels)
     summaries += image * (PLAN.segments * (PLAN.states + 1) * PLAN.channels)
@@ -319,39 +190,39 @@ def forward_kernel(
     C += image * (PLAN.positions * PLAN.states) + state
     y += (image * PLAN.routes + PLAN.route) * (PLAN.positions * PLAN.channels) + channel
     if PLAN.interval > 0:
-        states += image * (PLAN.saved * PLAN.states * PLAN.channels) + _state_offsets(channel, PLAN)
+        states += image * (PLAN.saved * PLAN.states * PLAN.channels) + state_offsets(channel, PLAN)
 
-    first, last = _segment_chunks(segment, PLAN)
+    first, last = segment_chunks(segment, PLAN)
     ahead = _load_four(u, delta, B, C, tl.minimum(first, PLAN.chunks - 1), channel_mask, state_mask, PLAN)
     for index in range(first, last):
         us, deltas, Bs, Cs = ahead
         following = tl.minimum(index + 1, PLAN.chunks - 1)
         ahead = _load_four(u, delta, B, C, following, channel_mask, state_mask, PLAN)
-        bias_tile = _load_bias(bias + channel, channel_mask)
-        position, line, offset = _chunk(index, PLAN)
+        bias_tile = load_bias(bias + channel, channel_mask)
+        position, line, offset = chunk_start(index, PLAN)
         for k in tl.static_range(UNROLL):
             if _may_be_due(PLAN, k):
-                due = _on_line(tile_mask, offset + k, PLAN)
+                due = on_line(tile_mask, offset + k, PLAN)
                 if PLAN.interval > PLAN.unroll:
                     due = due & (offset % PLAN.interval == 0)
-                tl.store(states + _saved_state(line, offset + k, PLAN), h, mask=due)
-            step = _step_size(deltas[k], bias_tile, offset + k, PLAN)
+                tl.store(states + saved_state(line, offset + k, PLAN), h, mask=due)
+            step = step_size(deltas[k], bias_tile, offset + k, PLAN)
             u_k = us[k].to(tl.float32)
-            h = tl.exp2(step[None, :] * A_tile) * h + _times_states(step * u_k, Bs[k])
+            h = tl.exp2(step[None, :] * A_tile) * h + times_states(step * u_k, Bs[k])
             y_k = tl.sum(h * Cs[k].to(tl.float32)[:, None], axis=0) + D_tile * u_k
             at = y + (position + k * PLAN.step) * PLAN.channels
-            tl.store(at, y_k.to(y.dtype.element_ty), mask=_on_line(channel_mask, offset + k, PLAN))
+            tl.store(at, y_k.to(y.dtype.element_ty), mask=on_line(channel_mask, offset + k, PLAN))
     if segment == PLAN.segments - 1:
-        tl.store(final + image * (PLAN.states * PLAN.channels) + _state_offsets(channel, PLAN), h, mask=tile_mask)
+        tl.store(final + image * (PLAN.states * PLAN.channels) + state_offsets(channel, PLAN), h, mask=tile_mask)
 
 
 @triton.jit
 def _load_four(u, delta, B, C, index, channel_mask, state_mask, PLAN: tl.constexpr):
     return (
-        _load_chunk(u, channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(delta, channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(B, state_mask, index, PLAN.states, PLAN),
-        _load_chunk(C, state_mask, index, PLAN.states, PLAN),
+        load_chunk(u, channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(delta, channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(B, state_mask, index, PLAN.states, PLAN),
+        load_chunk(C, state_mask, index, PLAN.states, PLAN),
     )
 
 
@@ -380,11 +251,11 @@ def backward_kernel(
     PLAN: tl.constexpr,
 ):
     """What one route contributes to the gradients; that of A, D and the bias for every image and segment by itself."""
-    image, segment, tile = _program(PLAN)
-    channel, channel_mask = _indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
-    state, state_mask = _indices(0, PLAN.padded, PLAN.states)
+    image, segment, tile = program_indices(PLAN)
+    channel, channel_mask = indices(tile * PLAN.tile, PLAN.tile, PLAN.channels)
+    state, state_mask = indices(0, PLAN.padded, PLAN.states)
     tile_mask = state_mask[:, None] & channel_mask[None, :]
-    A_tile = _load_scaled_a(A, channel, tile_mask, PLAN)
+    A_tile = load_scaled_a(A, channel, tile_mask, PLAN)
     D_tile = tl.load(D + channel, mask=channel_mask, other=0.0)
     start += image * (PLAN.states * PLAN.channels)
     summaries += image * (PLAN.segments * (PLAN.states + 1) * PLAN.channels)
@@ -405,19 +276,19 @@ def backward_kernel(
         dy + (image * PLAN.routes + PLAN.route) * (PLAN.positions * PLAN.channels) + channel,
         B + image * (PLAN.positions * PLAN.states) + state,
         C + image * (PLAN.positions * PLAN.states) + state,
-        states + image * (PLAN.saved * PLAN.states * PLAN.channels) + _state_offsets(channel, PLAN),
+        states + image * (PLAN.saved * PLAN.states * PLAN.channels) + state_offsets(channel, PLAN),
     )
     of_tile = (image * PLAN.tiles + tile) * (2 * PLAN.positions * PLAN.states)
     outputs = (du + of_image, ddelta + of_image, dBC + of_tile + state[:, None])
     bias += channel
-    first, last = _segment_chunks(segment, PLAN)
+    first, last = segment_chunks(segment, PLAN)
     if PLAN.chunks_per_interval == 1:
         ahead = _load_six(inputs, tl.maximum(last - 1, 0), channel_mask, state_mask, PLAN)
         for i in range(last - first):
             index = last - 1 - i
             current = ahead
             ahead = _load_six(inputs, tl.maximum(index - 1, 0), channel_mask, state_mask, PLAN)
-            bias_tile = _load_bias(bias, channel_mask)
+            bias_tile = load_bias(bias, channel_mask)
             carry = _backward_chunk(
                 carry, current, outputs, A_tile, D_tile, bias_tile, index, channel_mask, state_mask, PLAN
             )
@@ -426,7 +297,7 @@ def backward_kernel(
             PLAN.chunks_per_interval * PLAN.padded * PLAN.tile
         )
         scratch += tl.arange(0, PLAN.padded)[:, None] * PLAN.tile + tl.arange(0, PLAN.tile)[None, :]
-        bias_tile = _load_bias(bias, channel_mask)
+        bias_tile = load_bias(bias, channel_mask)
         for i in range((last - first) // PLAN.chunks_per_interval):
             index = last - (i + 1) * PLAN.chunks_per_interval
             carry = _backward_interval(
@@ -434,30 +305,30 @@ def backward_kernel(
             )
     later, dA, dD, dbias = carry
     dparameters += (image * PLAN.segments + segment) * ((PLAN.states + 2) * PLAN.channels)
-    tl.store(dparameters + _state_offsets(channel, PLAN), dA, mask=tile_mask)
+    tl.store(dparameters + state_offsets(channel, PLAN), dA, mask=tile_mask)
     tl.store(dparameters + PLAN.states * PLAN.channels + channel, dD, mask=channel_mask)
     tl.store(dparameters + (PLAN.states + 1) * PLAN.channels + channel, dbias, mask=channel_mask)
     if segment == 0:
-        tl.store(final + image * (PLAN.states * PLAN.channels) + _state_offsets(channel, PLAN), later, mask=tile_mask)
+        tl.store(final + image * (PLAN.states * PLAN.channels) + state_offsets(channel, PLAN), later, mask=tile_mask)
 
 
 @triton.jit
 def _load_six(inputs, index, channel_mask, state_mask, PLAN: tl.constexpr):
     """Chunk `index` of the inputs of positions, and the state that was saved before it."""
-    _, line, offset = _chunk(index, PLAN)
+    _, line, offset = chunk_start(index, PLAN)
     tile_mask = state_mask[:, None] & channel_mask[None, :]
-    h = tl.load(inputs[5] + _saved_state(line, offset, PLAN), mask=tile_mask, other=0.0)
+    h = tl.load(inputs[5] + saved_state(line, offset, PLAN), mask=tile_mask, other=0.0)
     return _load_five(inputs, index, channel_mask, state_mask, PLAN) + (h,)
 
 
 @triton.jit
 def _load_five(inputs, index, channel_mask, state_mask, PLAN: tl.constexpr):
     return (
-        _load_chunk(inputs[0], channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(inputs[1], channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(inputs[2], channel_mask, index, PLAN.channels, PLAN),
-        _load_chunk(inputs[3], state_mask, index, PLAN.states, PLAN),
-        _load_chunk(inputs[4], state_mask, index, PLAN.states, PLAN),
+        load_chunk(inputs[0], channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(inputs[1], channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(inputs[2], channel_mask, index, PLAN.channels, PLAN),
+        load_chunk(inputs[3], state_mask, index, PLAN.states, PLAN),
+        load_chunk(inputs[4], state_mask, index, PLAN.states, PLAN),
     )
 
 
@@ -470,16 +341,16 @@ def _backward_interval(
     The states before the other chunks are computed into `scratch`, which stays in the caches.
     """
     UNROLL: tl.constexpr = PLAN.unroll
-    _, line, offset = _chunk(first, PLAN)
+    _, line, offset = chunk_start(first, PLAN)
     tile_mask = state_mask[:, None] & channel_mask[None, :]
-    h = tl.load(inputs[5] + _saved_state(line, offset, PLAN), mask=tile_mask, other=0.0)
+    h = tl.load(inputs[5] + saved_state(line, offset, PLAN), mask=tile_mask, other=0.0)
     for m in range(PLAN.chunks_per_interval):
         tl.store(scratch + m * (PLAN.padded * PLAN.tile), h)
         us, deltas, Bs = _load_three(inputs[0], inputs[1], inputs[3], first + m, channel_mask, state_mask, PLAN)
-        offset = _chunk(first + m, PLAN)[2]
+        offset = chunk_start(first + m, PLAN)[2]
         for k in tl.static_range(UNROLL):
-            step = _step_size(deltas[k], bias, offset + k, PLAN)
-            h = tl.exp2(step[None, :] * A) * h + _times_states(step * us[k].to(tl.float32), Bs[k])
+            step = step_size(deltas[k], bias, offset + k, PLAN)
+            h = tl.exp2(step[None, :] * A) * h + times_states(step * us[k].to(tl.float32), Bs[k])
     tl.debug_barrier()
     for i in range(PLAN.chunks_per_interval):
         m = PLAN.chunks_per_interval - 1 - i
@@ -512,7 +383,7 @@ def _backward_chunk(carry, current, outputs, A, D, bias, index, channel_mask, st
     """
     UNROLL: tl.constexpr = PLAN.unroll
     us, deltas, dys, Bs, Cs, h = current
-    position, _, offset = _chunk(index, PLAN)
+    position, _, offset = chunk_start(index, PLAN)
 
     steps = ()
     slopes = ()  # derivatives of the softplus
@@ -520,12 +391,12 @@ def _backward_chunk(carry, current, outputs, A, D, bias, index, channel_mask, st
     hs = (h,)
     for k in tl.static_range(UNROLL):
         raw = deltas[k].to(tl.float32) + bias
-        log1p = _log1p_exp(raw)
-        step = _or_zero(tl.maximum(raw, 0.0) + log1p, offset + k, PLAN)
+        log1p = log1p_exp(raw)
+        step = or_zero(tl.maximum(raw, 0.0) + log1p, offset + k, PLAN)
         # The sigmoid is exp(x - softplus(x)), which avoids a division; this form of the difference never cancels.
-        slope = _or_zero(tl.exp2((tl.minimum(raw, 0.0) - log1p) * _LOG2_E), offset + k, PLAN)
+        slope = or_zero(tl.exp2((tl.minimum(raw, 0.0) - log1p) * LOG2_E), offset + k, PLAN)
         decay = tl.exp2(step[None, :] * A)
-        h = decay * h + _times_states(step * us[k].to(tl.float32), Bs[k])
+        h = decay * h + times_states(step * us[k].to(tl.float32), Bs[k])
         steps = steps + (step,)
         slopes = slopes + (slope,)
         decays = decays + (decay,)
@@ -537,7 +408,7 @@ def _backward_chunk(carry, current, outputs, A, D, bias, index, channel_mask, st
     for k in tl.static_range(UNROLL - 1, -1, -1):
         u = us[k].to(tl.float32)
         dy = dys[k].to(tl.float32)
-        dh = _times_states(dy, Cs[k]) + later
+        dh = times_states(dy, Cs[k]) + later
         later = decays[k] * dh
         ddecay = later * hs[k]  # times the decay
         dinput = tl.sum(dh * Bs[k].to(tl.float32)[:, None], axis=0)
@@ -546,7 +417,7 @@ def _backward_chunk(carry, current, outputs, A, D, bias, index, channel_mask, st
         dD += dy * u
         dbias += draw
         products = products + (dh * (steps[k] * u)[None, :], dy[None, :] * hs[k + 1])
-        here = _on_line(channel_mask, offset + k, PLAN)
+        here = on_line(channel_mask, offset + k, PLAN)
         at = (position + k * PLAN.step) * PLAN.channels
         tl.store(du + at, (steps[k] * dinput + D * dy).to(du.dtype.element_ty), mask=here)
         tl.store(ddelta + at, draw.to(ddelta.dtype.element_ty), mask=here)
@@ -555,7 +426,7 @@ def _backward_chunk(carry, current, outputs, A, D, bias, index, channel_mask, st
     lane = tl.arange(0, _LANES)
     k = UNROLL - 1 - lane // 2
     at = ((position + k * PLAN.step) * 2 + lane % 2) * PLAN.states
-    here = _on_line(lane < 2 * UNROLL, offset + k, PLAN)
+    here = on_line(lane < 2 * UNROLL, offset + k, PLAN)
     sums = _sums_over_channels(products, lane, PLAN)
     tl.store(dBC + at[None, :], sums, mask=state_mask[:, None] & here[None, :])
     return later, dA, dD, dbias

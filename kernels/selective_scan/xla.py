@@ -32,6 +32,11 @@ def unavailable() -> str | None:
     return None
 
 
+def refusal(inputs: ScanInputs, routes: tuple[Route, ...]) -> str | None:
+    """Why this does not take a scan: it takes every one."""
+    return None
+
+
 def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
     """As `forward`, without residuals."""
     return forward(inputs, routes)[0]

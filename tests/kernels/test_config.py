@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from msvmamba_jax.kernels.selective_scan import config
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, forced
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 PROBLEM = Problem("forward", 2, 7, 9, 64, 1, 3, "bfloat16")
 OTHER = dataclasses.replace(PROBLEM, direction="backward")
@@ -47,8 +49,43 @@ def test_measured_fields_override_the_heuristic(monkeypatch):
         assert chosen() == Config(1)
 
 
+def test_the_dtype_of_delta_is_part_of_a_problem_where_it_differs():
+    spec = jax.ShapeDtypeStruct
+    maps, small, vector = spec((2, 7, 9, 64), "bfloat16"), spec((2, 7, 9, 1), "bfloat16"), spec((64,), "float32")
+    inputs = ScanInputs(maps, maps, spec((64, 1), "float32"), small, small, vector, vector)
+    assert Problem.of("forward", inputs, ("row", "column", "row_reversed")) == PROBLEM
+    mixed = Problem.of("forward", inputs._replace(delta=spec(maps.shape, "float32")), ("row",) * 3)
+    assert mixed.key == f"{PROBLEM.key} delta=float32"
+
+
 def test_the_file_can_be_read():
     assert isinstance(config.measured(), dict)
+
+
+class TestLocalDevice:
+    def test_of_a_gpu(self, monkeypatch):
+        gpu = SimpleNamespace(
+            platform="gpu", device_kind="a GPU", core_count=170, shared_memory_per_block_optin=99 * 1024
+        )
+        monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+        assert config.local_device() == Device("a GPU", 170, 99 * 1024)
+
+    def test_of_a_gpu_that_says_nothing(self, monkeypatch):
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu", device_kind="a GPU")])
+        assert config.local_device() == Device("a GPU", 132, 227 * 1024)
+
+    def test_without_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")])
+        assert config.local_device() == config.H100
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "expected"),
+    [("gpu", "9.0", 9.0), ("gpu", "12.0", 12.0), ("gpu", "gfx942", None), ("gpu", "", None), ("tpu", "9.0", None)],
+)
+def test_compute_capability(platform, name, expected):
+    assert config.compute_capability(SimpleNamespace(platform=platform, compute_capability=name)) == expected
+    assert config.compute_capability(SimpleNamespace(platform="cpu")) is None
 
 
 class TestForced:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from msvmamba_jax.kernels.selective_scan import selection, selective_scan_2d, xla
-from msvmamba_jax.kernels.selective_scan.partitioning import by_image, result_shape, vary_alike
+from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 P = PartitionSpec
@@ -182,19 +182,6 @@ class TestManual:
         np.testing.assert_array_equal(count, 6)
         assert_same(y[1], launch(images(3, 8)[1], WEIGHT)[0])
 
-    def test_declared_results_vary_as_the_images(self):
-        declared = []
-
-        def local(x):
-            (x, weight) = vary_alike((x, WEIGHT))
-            declared.append(result_shape((7,), jnp.bfloat16, weight))
-            return x
-
-        jax.eval_shape(jax.shard_map(local, mesh=make_mesh(data=4), in_specs=P("data"), out_specs=P("data")), images(8))
-        assert (declared[0].shape, declared[0].dtype) == ((7,), jnp.bfloat16)
-        assert declared[0].manual_axis_type.varying == {"data"}
-        assert not result_shape((7,), jnp.bfloat16, WEIGHT).manual_axis_type.varying
-
 
 class TestVmap:
     """Against one call for each index; the number of images seen tells whether they were folded into one launch."""
@@ -334,6 +321,7 @@ class _Opaque:
     """The functions of `xla`, launched image by image as those of a GPU backend are."""
 
     unavailable = staticmethod(xla.unavailable)
+    refusal = staticmethod(xla.refusal)
 
     @staticmethod
     def run(inputs, routes):

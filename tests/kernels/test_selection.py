@@ -22,19 +22,25 @@ from msvmamba_jax.kernels.selective_scan import (
     selective_scan_2d,
     xla,
 )
+from msvmamba_jax.kernels.selective_scan.config import float64_refusal
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 LOGGER = "msvmamba_jax.kernels.selective_scan"
 
 
 class FakeBackend:
-    """The functions of `xla`, which it counts, and an availability that the test decides."""
+    """The functions of `xla`, which it counts; whether it can run and what it takes is for the test to decide."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.refuses: str | None = None
         self.calls: list[str] = []
 
     def unavailable(self):
         return self.reason
+
+    def refusal(self, inputs, routes):
+        return float64_refusal(inputs) or self.refuses
 
     def run(self, inputs, routes):
         self.calls.append("run")
@@ -86,7 +92,9 @@ def scan(implementation: str | None = None, dtype: str = "float32") -> jax.Array
 
 
 def choose(implementation: str | None = None) -> str:
-    return selection.choose(implementation, float64=False)
+    x = jnp.ones((1, 2, 2, 3))
+    inputs = ScanInputs(x, x, jnp.ones((3, 1)), x[..., :1], x[..., :1], jnp.ones(3), jnp.ones(3))
+    return selection.choose(implementation, inputs, ("row",))
 
 
 class TestNames:
@@ -118,6 +126,19 @@ class TestAutomatic:
         assert choose() == "triton"
         triton.reason = "not installed"
         assert choose() == "xla"
+
+    def test_the_fastest_that_takes_the_scan(self, mosaic, triton):
+        mosaic.refuses = "too many states"
+        assert choose() == "triton"
+        scan()
+        assert (mosaic.calls, triton.calls) == ([], ["run"])
+        triton.refuses = "too many states for this one, too"
+        assert choose() == "xla"
+
+    def test_one_that_cannot_run_is_not_asked_what_it_takes(self, monkeypatch, mosaic):
+        mosaic.reason = "no Hopper"
+        monkeypatch.setattr(mosaic, "refusal", lambda inputs, routes: pytest.fail("asked"))
+        assert choose() == "triton"
 
     def test_the_default_backend_is_no_gpu(self, monkeypatch, mosaic):
         monkeypatch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(platform="cpu", device_kind="cpu")])
@@ -183,8 +204,19 @@ class TestRequested:
 
     @pytest.mark.parametrize("name", ["mosaic", "triton"])
     def test_float64(self, name):
-        with jax.enable_x64(True), pytest.raises(ValueError, match=f"'{name}' takes no float64 inputs; 'xla' does"):
+        message = f"^scan implementation '{name}' does not take this scan: it computes in float32, and u is float64; "
+        with jax.enable_x64(True), pytest.raises(ValueError, match=f"{message}use implementation='xla'$"):
             scan(name, "float64")
+
+    def test_one_that_does_not_take_the_scan(self, monkeypatch, mosaic):
+        mosaic.refuses = "too many states"
+        message = "does not take this scan: too many states; use implementation='xla'$"
+        with pytest.raises(ValueError, match=f"^scan implementation 'mosaic' {message}"):
+            scan("mosaic")
+        monkeypatch.setenv("MSVMAMBA_SCAN", "mosaic")
+        with pytest.raises(ValueError, match=rf"^scan implementation 'mosaic' \(from MSVMAMBA_SCAN\) {message}"):
+            scan()
+        assert mosaic.calls == []
 
     def test_models_refuse_early(self, monkeypatch, triton):
         triton.reason = "not installed"
@@ -209,6 +241,15 @@ class TestLog:
         mosaic.reason = "broken"
         scan()
         assert self.messages(caplog)[1:] == [f"selective scan: triton {expected}"]
+
+    def test_an_implementation_that_was_passed_over(self, caplog, mosaic):
+        caplog.set_level(logging.INFO, LOGGER)
+        mosaic.refuses = "too many states"
+        scan()
+        start = (
+            "selective scan: triton (the fastest that runs on NVIDIA H100 80GB HBM3; mosaic does not take this scan: "
+        )
+        assert self.messages(caplog)[0].startswith(start + "too many states; MSVMAMBA_SCAN or")
 
     def test_environment(self, caplog, monkeypatch):
         caplog.set_level(logging.INFO, LOGGER)

@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from msvmamba_jax.kernels.selective_scan import available_implementations, selective_scan, selective_scan_2d
-from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference, visiting_order
-from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs
+from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
+from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs, visiting_order
 
 IMPLEMENTATIONS = ["xla"]
 if jax.default_backend() == "gpu":

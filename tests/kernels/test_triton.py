@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msvmamba_jax.kernels.selective_scan import api, selection, xla
 from msvmamba_jax.kernels.selective_scan import triton as backend
-from msvmamba_jax.kernels.selective_scan import xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG1P_PRECISE
 from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
 from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs, visiting_order
 
@@ -101,10 +102,10 @@ class TestPlan:
 
 
 def test_float64_is_refused():
-    with jax.enable_x64(True):
-        inputs = ScanInputs(*(jnp.zeros(shape, jnp.float64) for shape in shapes_of(1, 2, 2, 3, 1)))
-        with pytest.raises(ValueError, match='use implementation="xla"'):
-            backend.run(inputs, ("row",))
+    inputs = ScanInputs(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes_of(1, 2, 2, 3, 1)))
+    assert backend.refusal(inputs, ("row",)) is None
+    inputs = inputs._replace(D=jax.ShapeDtypeStruct((3,), "float64"))
+    assert backend.refusal(inputs, ("row",)) == "it computes in float32, and D is float64"
 
 
 def test_where_it_cannot_run():
@@ -117,15 +118,19 @@ def test_where_it_cannot_run():
 
 def test_softplus_polynomial():
     """As the kernels evaluate it: by float32 multiply-adds that round once."""
-    kernels = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_kernels", reason="no triton")
     rng = np.random.default_rng(0)
     e = np.concatenate([rng.uniform(0, 1, 100_000), np.exp(-rng.uniform(0, 40, 100_000)), [1.0]]).astype(np.float32)
-    coefficients = np.asarray(kernels.LOG1P, np.float32).astype(np.float64)
+    coefficients = np.asarray(LOG1P_PRECISE, np.float32).astype(np.float64)
     value = np.full(e.shape, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value = (value * e + coefficient).astype(np.float32).astype(np.float64)
     expected = np.log1p(e.astype(np.float64))
     assert np.max(np.abs((value * e).astype(np.float32) / expected - 1)) < 2.5e-7
+
+
+def test_the_kernels_have_the_polynomial_of_the_other_backend():
+    shared = pytest.importorskip("msvmamba_jax.kernels.selective_scan.triton_chunk", reason="no triton")
+    assert shared._LOG1P.value is LOG1P_PRECISE
 
 
 # The compiled code
@@ -219,6 +224,27 @@ def test_lowers_for_a_gpu_on_any_machine(parts, monkeypatch):
     assert (y.shape, y.dtype) == (dy.shape, dy.dtype)
     assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in inputs]
     assert lowered.as_text().count("@triton_kernel_call") == 6 * parts
+
+
+def test_gradient_lowers_inside_shard_map(monkeypatch):
+    """Where a kernel's results must be known to differ between shards."""
+    pytest.importorskip("jax_triton", reason="needs jaxlib's CUDA plugin", exc_type=ImportError)
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    for module in (api, selection):
+        monkeypatch.setattr(module, "load", lambda name: backend)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    inputs = ScanInputs(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes_of(8, 3, 5, 40, 1)))
+    specs = ScanInputs(*(jax.P() if name in ("A", "D", "delta_bias") else jax.P("data") for name in inputs._fields))
+
+    def loss(inputs):
+        y = api.selective_scan_2d(*inputs, routes=HALF, implementation="triton")
+        return jax.lax.psum(jnp.sum(y), "data")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=jax.P())
+    lowered = jax.jit(jax.grad(sharded)).trace(inputs).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@triton_kernel_call") == 6
 
 
 # The interpreter

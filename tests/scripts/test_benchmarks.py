@@ -367,6 +367,21 @@ class TestTuning:
             tune_scan.main()
         assert "'mosaic' cannot run here: no GPU" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--tasks", "detection", "--batches", "128"], "no shape has such a task"),
+            (["--repeats", "0"], "--repeats must be at least 1"),
+        ],
+    )
+    def test_impossible_arguments(self, monkeypatch, capsys, arguments, message):
+        monkeypatch.setattr(tune_scan, "available_implementations", lambda: {"mosaic": None, "xla": None})
+        monkeypatch.setattr(sys, "argv", ["tune_scan", "mosaic", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            tune_scan.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
 
 def _multiply(x: jax.Array, problem: Problem = PROBLEM) -> jax.Array:
     chosen = choose("fake", problem, Device("GPU", 1), lambda problem, device: Config(7.0))
