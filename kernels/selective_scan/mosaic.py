@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels
+from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels, mosaic_resident
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, choose, compute_capability, local_device
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E
@@ -159,7 +159,11 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     inputs = ScanInputs(*arrays)
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
-    operands = _operands(inputs, geometry)
+    if inputs.delta.dtype == inputs.u.dtype and mosaic_resident.supports(problem, _SHARED_MEMORY):
+        operands = _operands(inputs, geometry, mosaic_resident.packed(inputs))
+        y, *states = mosaic_resident.scan(geometry, operands, save=save)
+        return (y[..., : inputs.u.shape[-1]], *states)
+    operands = _operands(inputs, geometry, _tiled(inputs, geometry))
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
     return (y[..., : inputs.u.shape[-1]], *states)
@@ -171,7 +175,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     states, dy = arrays[7:]
     problem = Problem.of("backward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
-    operands, dy = _operands(inputs, geometry), _fill_up(dy, geometry.channels)
+    operands, dy = _operands(inputs, geometry, _tiled(inputs, geometry)), _fill_up(dy, geometry.channels)
     ends = later = None
     if geometry.parts > 1:
         ends = mosaic_kernels.segment_ends(geometry, operands)
@@ -221,21 +225,26 @@ def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
     return True
 
 
-def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_block.Operands:
-    """Packs and fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
+def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array) -> mosaic_block.Operands:
+    """Fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
     missing = geometry.lanes - inputs.u.shape[-1]
-    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
-    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
-    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
     return mosaic_block.Operands(
         u=_fill_up(inputs.u, geometry.channels),
         delta=_fill_up(inputs.delta, geometry.channels),
-        BC=jnp.concatenate(tiled, axis=1).reshape(
-            geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
-        ),
+        BC=BC,
         A=jnp.pad(inputs.A.astype(jnp.float32).T * LOG2_E, ((0, 0), (0, missing))),
         D=jnp.pad(inputs.D.astype(jnp.float32), (0, missing)),
         bias=jnp.pad(inputs.delta_bias.astype(jnp.float32), (0, missing)),
+    )
+
+
+def _tiled(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> jax.Array:
+    """B and C as the tiles of all routes hold them: (b, tiles of the path, rows, 32), float32."""
+    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
+    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
+    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
+    return jnp.concatenate(tiled, axis=1).reshape(
+        geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
     )
 
 

@@ -27,7 +27,7 @@ _WARPS = 4
 
 # A thread reads back from shared memory only what it wrote itself; where threads exchange values, or the copy engine
 # takes over, there is a fence. So none need be inserted around every single access.
-_PARAMETERS = plgpu.CompilerParams(
+PARAMETERS = plgpu.CompilerParams(
     approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
 _FOLDED = 8  # segments whose ends are loaded at a time
@@ -119,7 +119,7 @@ def shared_bytes(geometry: Geometry, *, backward: bool) -> int:
 
 
 class Operands(NamedTuple):
-    """The inputs of the scan as the kernels take them."""
+    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC."""
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d)
@@ -476,7 +476,7 @@ def kernel(
         scratch_types=buffers | barriers,
         grid=(geometry.blocks, geometry.batch, geometry.segments),
         grid_names=("channels", "image", "segment"),
-        compiler_params=_PARAMETERS,
+        compiler_params=PARAMETERS,
     )
 
 
