@@ -12,7 +12,7 @@ A vector is a (4, 32) array: a warp's line, a lane's channel, one float32 in eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,9 +36,7 @@ _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
 _HIGH_HALF = -(1 << 16)  # of a word
 
-_VECTOR = plgpu.Layout.TILED(
-    plgpu.Tiling(((_LINES, _CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
+_VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, _CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 _OF_LINES = _VECTOR.reduce(1)  # (4,): all lanes of a warp hold its value
 _OF_CHANNELS = _VECTOR.reduce(0)  # (32,): every warp holds them
 
