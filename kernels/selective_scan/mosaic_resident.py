@@ -66,7 +66,7 @@ def _shared_bytes(problem: Problem) -> int:
         *(_groups(height) * _LINES * width * _CHANNELS * itemsize,) * 2,
         _LINES * longest * _CHANNELS * itemsize,
         2 * height * (width + -width % _ROW) * 4,
-        *(_LINES * _CHANNELS * 4,) * 2,
+        2 * _LINES * _CHANNELS * 4,
         _LINES * longest * _CHANNELS * 4 // 4,  # states: chunks have four positions at least
     )
     barriers = 1024
@@ -109,8 +109,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         "delta": plgpu.SMEM((rows, g.width, _CHANNELS), operands.delta.dtype),
         "BC": plgpu.SMEM(operands.BC.shape[1:], operands.BC.dtype),
         "y": plgpu.SMEM((_LINES, longest, _CHANNELS), g.dtype),
-        "ends": plgpu.SMEM((_LINES, _CHANNELS), jnp.float32),
-        "decays": plgpu.SMEM((_LINES, _CHANNELS), jnp.float32),
+        "exchange": plgpu.SMEM((2, _LINES, _CHANNELS), jnp.float32),
         "map": plgpu.Barrier(num_arrivals=2, num_barriers=_groups(g.height)),
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
@@ -220,7 +219,7 @@ class _Block:
         warps = range(_LINES - 1, -1, -1) if route.reversed else range(_LINES)  # in the order of travel
         order = range(route.length - 1, -1, -1) if route.reversed else range(route.length)
 
-        kept, drives, skipped = self._positions(route, first, order)
+        kept, drives, Cs, skipped = self._positions(route, first, order)
         end, total = drives[0], kept[0][1]
         for (keep, step), drive in zip(kept[1:], drives[1:], strict=True):
             end, total = keep * end + drive, total + step
@@ -231,8 +230,8 @@ class _Block:
             new = rank >= again
             end, decay = jnp.where(new, end, 0.0), jnp.where(new, decay, 1.0)
 
-        self._scratch["ends"][...] = end
-        self._scratch["decays"][...] = decay
+        self._scratch["exchange"][0] = end
+        self._scratch["exchange"][1] = decay
         # Every thread waits here: the last outputs have left their buffers, and what was exchanged is there.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         state = _spread(h, 1)
@@ -240,15 +239,13 @@ class _Block:
         for line in warps:
             if line != warps[0]:
                 state = jnp.where(warp == line, _spread(h, 1), state)
-            h = _load(self._scratch["decays"].at[line], _OF_CHANNELS) * h + _load(
-                self._scratch["ends"].at[line], _OF_CHANNELS
-            )
+            end, decay = (_load(self._scratch["exchange"].at[i, line], _OF_CHANNELS) for i in range(2))
+            h = decay * h + end
 
-        for position, (keep, _), drive, skip in zip(order, kept, drives, skipped, strict=True):
+        for position, (keep, _), drive, C, skip in zip(order, kept, drives, Cs, skipped, strict=True):
             if self._states is not None and _enters_chunk(route, position):
                 self._scratch["states"][:, position // route.chunk] = state
             state = keep * state + drive
-            _, C = self._b_and_c(route, first, position)
             self._scratch["y"][:, position] = (C * state + skip).astype(self._geometry.dtype)
         plgpu.commit_smem()
         for rank, line in enumerate(warps):
@@ -262,9 +259,12 @@ class _Block:
 
     def _positions(
         self, route: Tiles, first: Any, order: Sequence[int]
-    ) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array], list[jax.Array]]:
-        """Vectors for each position of four lines from the `first` on: decays and steps, step u B, and D u."""
-        kept, drives, skipped = [], [], []
+    ) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """Vectors for each position of four lines from the `first` on: decays and steps, step u B, C, and D u.
+
+        All that a line needs from shared memory is loaded here, since loads cannot pass the stores of results.
+        """
+        kept, drives, Cs, skipped = [], [], [], []
         for start in range(0, len(order), _AT_ONCE):
             positions = order[start : start + _AT_ONCE]
             us, deltas = (
@@ -274,10 +274,12 @@ class _Block:
             raws = [delta.astype(jnp.float32) + self._bias for delta in deltas]
             steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
             kept += list(zip(decays(steps, self._a), steps, strict=True))
-            Bs = [self._b_and_c(route, first, p)[0] for p in positions]
-            drives += [step * u * B for step, u, B in zip(steps, us, Bs, strict=True)]
+            for p, step, u in zip(positions, steps, us, strict=True):
+                B, C = self._b_and_c(route, first, p)
+                drives.append(step * u * B)
+                Cs.append(C)
             skipped += [self._D * u for u in us]
-        return kept, drives, skipped
+        return kept, drives, Cs, skipped
 
     def _b_and_c(self, route: Tiles, first: Any, position: int) -> tuple[jax.Array, jax.Array]:
         """B and C at a position of four lines, as vectors."""
