@@ -7,6 +7,8 @@ Where images and channels are too few to fill the GPU, each route is cut into se
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
+The forward of several routes over a map that fits in shared memory has a kernel of its own, `mosaic_resident`.
+
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
 by a position again. Sums over channels (for B and C) are taken within a block; those over blocks and images outside.
@@ -74,7 +76,9 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """Configurations worth measuring."""
+    """Configurations worth measuring; `mosaic_resident` has but one."""
+    if mosaic_resident.supports(problem, _SHARED_MEMORY):
+        return [heuristic(problem, device)]
     parts = {heuristic(problem, device).parts}
     if parts != {1}:
         parts |= {part for start in parts for part in (start // 2, start * 2)}
@@ -159,7 +163,8 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     inputs = ScanInputs(*arrays)
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry(problem, routes, _config(problem))
-    if inputs.delta.dtype == inputs.u.dtype and mosaic_resident.supports(problem, _SHARED_MEMORY):
+    alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
+    if alike and mosaic_resident.supports(problem, _SHARED_MEMORY):
         operands = _operands(inputs, geometry, mosaic_resident.packed(inputs))
         y, *states = mosaic_resident.scan(geometry, operands, save=save)
         return (y[..., : inputs.u.shape[-1]], *states)

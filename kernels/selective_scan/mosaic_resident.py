@@ -44,6 +44,8 @@ _OF_CHANNELS = _VECTOR.reduce(0)  # (32,): every warp holds them
 def supports(problem: Problem, shared_memory: int) -> bool:
     """Whether `scan` takes the problem, given the bytes of shared memory that a block can have.
 
+    That is, if delta, B and C have the dtype of u.
+
     Routes are chained, so one alone would gain nothing. Groups of four lines, the last of which may overlap with the
     one before, need four lines in both directions.
     """
@@ -59,17 +61,18 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 
 
 def _shared_bytes(problem: Problem) -> int:
-    """At most: as if B and C were float32."""
+    """At most: of several chunks of a line each has eight positions or more."""
     height, width, itemsize = problem.height, problem.width, jnp.dtype(problem.dtype).itemsize
     longest = max(height, width)
+    line = _LINES * _CHANNELS
     buffers = (
-        *(_groups(height) * _LINES * width * _CHANNELS * itemsize,) * 2,
-        _LINES * longest * _CHANNELS * itemsize,
-        2 * height * (width + -width % _ROW) * 4,
-        2 * _LINES * _CHANNELS * 4,
-        _LINES * longest * _CHANNELS * 4 // 4,  # states: chunks have four positions at least
+        *(_groups(height) * width * line * itemsize,) * 2,
+        height * (width + -width % _ROW) * 2 * itemsize,
+        longest * line * itemsize,
+        2 * line * 4,
+        -(-longest // 8) * line * 4,
     )
-    barriers = 1024
+    barriers = 8 * (_groups(height) + 1)
     return sum(size + -size % _ALIGNMENT for size in buffers) + barriers
 
 

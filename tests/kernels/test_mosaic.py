@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, xla
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, mosaic_resident, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.recurrence import (
@@ -281,6 +281,7 @@ class TestHeuristic:
 CASES = {
     "full branch": ((128, 56, 56, 192), 1, ("row",), "bfloat16"),
     "half branch": ((128, 28, 28, 192), 1, HALF, "float32"),
+    "half branch, large": ((128, 64, 64, 192), 1, HALF, "bfloat16"),
     "last stage": ((128, 7, 7, 768), 1, HALF, "bfloat16"),
     "detection, cut": ((1, 100, 168, 192), 1, HALF, "bfloat16"),
     "16 states": ((2, 56, 56, 192), 16, ("column",), "bfloat16"),
@@ -337,18 +338,6 @@ def test_what_is_kept_does_not_depend_on_the_batch(shape):
     assert kept(1) == kept(16) == kept(256)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run on the CPU, one step of a thread after another. Tiles of several lines cannot."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("this JAX's interpreter of Mosaic GPU kernels lacks layouts")
-    parameters = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    interpreter = parameters.InterpretGPUParams()
-    monkeypatch.setattr(
-        mosaic_block.plgpu, "kernel", functools.partial(mosaic_block.plgpu.kernel, interpret=interpreter)
-    )
-
-
 @pytest.mark.parametrize(
     ("routes", "n", "parts"),
     [(HALF, 1, 1), (("column",), 2, 1), (("row_reversed", "column"), 1, 2)],
@@ -356,6 +345,7 @@ def interpreted(monkeypatch):
 )
 def test_interpreted_kernels(interpreted, monkeypatch, routes, n, parts):
     monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(2, parts))
+    monkeypatch.setattr(mosaic_resident, "supports", lambda *_: False)
     rng = np.random.default_rng(0)
     b, h, w, d = 2, 20, 17, 8
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
