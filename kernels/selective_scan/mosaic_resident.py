@@ -63,14 +63,13 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 def _shared_bytes(problem: Problem) -> int:
     """At most: of several chunks of a line each has eight positions or more."""
     height, width, itemsize = problem.height, problem.width, jnp.dtype(problem.dtype).itemsize
-    longest = max(height, width)
-    line = _LINES * _CHANNELS
+    pitch, line = _pitch(height, width, problem.dtype), _LINES * _CHANNELS
     buffers = (
         *(_groups(height) * width * line * itemsize,) * 2,
         height * (width + -width % _ROW) * 2 * itemsize,
-        longest * line * itemsize,
+        pitch * line * itemsize,
         2 * line * 4,
-        -(-longest // 8) * line * 4,
+        -(-pitch // 8) * line * 4,
     )
     barriers = 8 * (_groups(height) + 1)
     return sum(size + -size % _ALIGNMENT for size in buffers) + barriers
@@ -106,12 +105,12 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
     out_type = [result_shape((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype, operands.u)]
     if save:
         out_type.append(result_shape((g.batch, g.first_chunk[-1], 1, g.lanes), jnp.float32, operands.u))
-    rows, longest = _groups(g.height) * _LINES, max(g.height, g.width)
+    rows, pitch = _groups(g.height) * _LINES, _pitch(g.height, g.width, g.dtype)
     buffers = {
         "u": plgpu.SMEM((rows, g.width, _CHANNELS), operands.u.dtype),
         "delta": plgpu.SMEM((rows, g.width, _CHANNELS), operands.delta.dtype),
         "BC": plgpu.SMEM(operands.BC.shape[1:], operands.BC.dtype),
-        "y": plgpu.SMEM((_LINES, longest, _CHANNELS), g.dtype),
+        "y": plgpu.SMEM((_LINES, pitch, _CHANNELS), g.dtype),
         "exchange": plgpu.SMEM((2, _LINES, _CHANNELS), jnp.float32),
         "map": plgpu.Barrier(num_arrivals=2, num_barriers=_groups(g.height)),
         "BC ready": plgpu.Barrier(num_arrivals=1),
@@ -331,6 +330,12 @@ class _Block:
         if g.lanes > blocks * _CHANNELS:
             groups = -(-g.first_chunk[-1] // _LINES)
             pl.when(self._number == blocks - 1)(lambda: lax.fori_loop(0, groups, clear, None))
+
+
+def _pitch(height: int, width: int, dtype: Any) -> int:
+    """Positions that the buffer of y has for a line: those of a copy must start at multiples of 128 bytes."""
+    together = max(1, 128 // (_CHANNELS * jnp.dtype(dtype).itemsize))
+    return max(height, width) + -max(height, width) % together
 
 
 def _groups(lines: int) -> int:

@@ -42,6 +42,15 @@ def test_two_blocks_share_a_multiprocessor():
     assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - reserved)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("side", [4, 7, 14, 28, 33])
+def test_copies_of_y_are_aligned(side, dtype):
+    """Lowering does not say so, but the copy engine takes shared memory from multiples of 128 bytes on."""
+    pitch = mosaic_resident._pitch(side, 4, dtype)
+    assert side <= pitch <= side + 1
+    assert pitch * 32 * jnp.dtype(dtype).itemsize % 128 == 0
+
+
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 9, 11, 20)])
