@@ -9,6 +9,8 @@ Where images and channels are too few to fill the GPU, each route is cut into se
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
+The forward of several routes over a map that fits in shared memory has a kernel of its own, `mosaic_resident`.
+
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
 by a position again. Sums over channels (for B and C) are taken within a block; those over blocks and images outside.
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels
+from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels, mosaic_resident
 from msvmamba_jax.kernels.selective_scan.config import (
     Device,
     Problem,
@@ -84,7 +86,9 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """Configurations worth measuring."""
+    """Configurations worth measuring; `mosaic_resident` has but one."""
+    if mosaic_resident.supports(problem, device.shared_memory):
+        return [heuristic(problem, device)]
     parts = {heuristic(problem, device).parts}
     if parts != {1}:
         parts |= {part for start in parts for part in (start // 2, start * 2)}
@@ -184,8 +188,14 @@ def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
 def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """y, and with `save` the states."""
     inputs = ScanInputs(*arrays)
-    geometry = _geometry_here(Problem.of("forward", inputs, routes), routes)
-    operands = _operands(inputs, geometry)
+    problem = Problem.of("forward", inputs, routes)
+    geometry = _geometry_here(problem, routes)
+    alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
+    if alike and mosaic_resident.supports(problem, local_device().shared_memory):
+        operands = _operands(inputs, geometry, mosaic_resident.packed(inputs))
+        y, *states = mosaic_resident.scan(geometry, operands, save=save)
+        return (y[..., : inputs.u.shape[-1]], *states)
+    operands = _operands(inputs, geometry, _tiled(inputs, geometry))
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
     return (y[..., : inputs.u.shape[-1]], *states)
@@ -196,7 +206,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     inputs = ScanInputs(*arrays[:7])
     states, dy = arrays[7:]
     geometry = _geometry_here(Problem.of("backward", inputs, routes), routes)
-    operands, dy = _operands(inputs, geometry), _fill_up(dy, geometry.channels)
+    operands, dy = _operands(inputs, geometry, _tiled(inputs, geometry)), _fill_up(dy, geometry.channels)
     ends = later = None
     if geometry.parts > 1:
         ends = mosaic_kernels.segment_ends(geometry, operands)
@@ -258,21 +268,26 @@ def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
     return True
 
 
-def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_block.Operands:
-    """Packs and fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
+def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array) -> mosaic_block.Operands:
+    """Fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
     missing = geometry.lanes - inputs.u.shape[-1]
-    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
-    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
-    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
     return mosaic_block.Operands(
         u=_fill_up(inputs.u, geometry.channels),
         delta=_fill_up(inputs.delta, geometry.channels),
-        BC=jnp.concatenate(tiled, axis=1).reshape(
-            geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
-        ),
+        BC=BC,
         A=jnp.pad(inputs.A.astype(jnp.float32).T * LOG2_E, ((0, 0), (0, missing))),
         D=jnp.pad(inputs.D.astype(jnp.float32), (0, missing)),
         bias=jnp.pad(inputs.delta_bias.astype(jnp.float32), (0, missing)),
+    )
+
+
+def _tiled(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> jax.Array:
+    """B and C as the tiles of all routes hold them: (b, tiles of the path, rows, 32), float32."""
+    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
+    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
+    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
+    return jnp.concatenate(tiled, axis=1).reshape(
+        geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
     )
 
 

@@ -28,7 +28,7 @@ _WARPS = 4
 
 # A thread reads back from shared memory only what it wrote itself; where threads exchange values, or the copy engine
 # takes over, there is a fence. So none need be inserted around every single access.
-_PARAMETERS = plgpu.CompilerParams(
+PARAMETERS = plgpu.CompilerParams(
     approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
 _FOLDED = 8  # segments whose ends are loaded at a time
@@ -110,7 +110,7 @@ class Geometry:
 
 
 class Operands(NamedTuple):
-    """The inputs of the scan as the kernels take them."""
+    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC."""
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d)
@@ -459,7 +459,7 @@ class Scratch(NamedTuple):
     def bytes(self, stages: int) -> int:
         """As Mosaic GPU lays it out."""
         sizes = (math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in self.buffers.values())
-        sums = _PARAMETERS.reduction_scratch_bytes if self.sums else 0  # set aside even where none of it is used
+        sums = PARAMETERS.reduction_scratch_bytes if self.sums else 0  # set aside even where none of it is used
         aligned = sum(size + -size % _ALIGNMENT for size in (*sizes, sums))
         return aligned + _BARRIER * stages * len(self.inputs)
 
@@ -483,7 +483,7 @@ def kernel(geometry: Geometry, body: Callable[..., None], out_type: Any, scratch
         # lie side by side in memory, at about the same time, so that the second finds them in the L2 cache.
         grid=(geometry.segments, geometry.batch * geometry.blocks),
         grid_names=("segment", "block"),
-        compiler_params=_PARAMETERS,
+        compiler_params=PARAMETERS,
     )
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_block, mosaic_kernels, xla
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_kernels, mosaic_resident, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Device, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
@@ -118,11 +117,18 @@ class TestHeuristic:
 CASES = {
     "full branch": ((128, 56, 56, 192), 1, ("row",), "bfloat16"),
     "half branch": ((128, 28, 28, 192), 1, HALF, "float32"),
+    "half branch, large": ((128, 64, 64, 192), 1, HALF, "bfloat16"),
     "last stage": ((128, 7, 7, 768), 1, HALF, "bfloat16"),
     "detection, cut": ((1, 100, 168, 192), 1, HALF, "bfloat16"),
     "16 states": ((2, 56, 56, 192), 16, ("column",), "bfloat16"),
     "odd": ((2, 9, 11, 20), 2, HALF, "float32"),
 }
+
+
+@pytest.fixture
+def tiled(monkeypatch):
+    """No problem is left to the kernel that keeps a map in shared memory."""
+    monkeypatch.setattr(mosaic_resident, "supports", lambda *_: False)
 
 
 def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
@@ -142,7 +148,7 @@ def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("batch", "segments"), [(70_000, 1), (1, 6)])
-def test_images_lie_on_the_axis_of_a_launch_that_may_be_long(monkeypatch, batch, segments):
+def test_images_lie_on_the_axis_of_a_launch_that_may_be_long(tiled, monkeypatch, batch, segments):
     core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
     if not hasattr(core, "_launch"):
         pytest.skip("this JAX launches elsewhere")
@@ -187,7 +193,9 @@ def laid_out(monkeypatch) -> list[int]:
         ((1, 56, 56, 192), 16, ("row", "column"), (2, 1), "bfloat16", "bfloat16"),
     ],
 )
-def test_shared_memory_is_what_mosaic_lays_out(laid_out, monkeypatch, shape, n, routes, config, dtype, delta_dtype):
+def test_shared_memory_is_what_mosaic_lays_out(
+    tiled, laid_out, monkeypatch, shape, n, routes, config, dtype, delta_dtype
+):
     config = mosaic.Config(*config)
     monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: config)
     jax.clear_caches()
@@ -234,19 +242,6 @@ def test_what_is_kept_does_not_depend_on_the_batch(shape):
     assert kept(1) == kept(16) == kept(256)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run on the CPU, one step of a thread after another. Tiles of several lines cannot."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("this JAX's interpreter of Mosaic GPU kernels lacks layouts")
-    # No `importorskip`: a JAX that has moved this must not silently take the test along.
-    parameters = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
-    interpreter = parameters.InterpretGPUParams()
-    monkeypatch.setattr(
-        mosaic_block.plgpu, "kernel", functools.partial(mosaic_block.plgpu.kernel, interpret=interpreter)
-    )
-
-
 @pytest.mark.parametrize(
     ("routes", "d", "n", "config"),
     [
@@ -257,7 +252,7 @@ def interpreted(monkeypatch):
     ],
     ids=["chained", "two states", "cut", "one stage, two blocks of channels"],
 )
-def test_interpreted_kernels(interpreted, monkeypatch, routes, d, n, config):
+def test_interpreted_kernels(interpreted, tiled, monkeypatch, routes, d, n, config):
     monkeypatch.setattr(mosaic, "heuristic", lambda problem, device: mosaic.Config(*config))
     rng = np.random.default_rng(0)
     b, h, w = 2, 20, 17

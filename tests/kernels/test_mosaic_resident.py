@@ -1,0 +1,124 @@
+"""The forward that keeps a small map in shared memory: that it lowers for CUDA, and its results in JAX's interpreter.
+
+On a GPU, `test_selective_scan.py` runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_resident, xla
+from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
+
+HALF = ("row_reversed", "column", "column_reversed")
+SHARED_MEMORY = 227 * 1024
+
+
+def problem(*shape, states=1, routes=3, dtype="bfloat16") -> Problem:
+    return Problem("forward", *shape, states=states, routes=routes, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(128, 28, 28, 192), (128, 14, 14, 384), (2, 7, 7, 768), (1, 4, 20, 8)])
+def test_takes_small_maps_of_several_routes(shape, dtype):
+    assert mosaic_resident.supports(problem(*shape, dtype=dtype), SHARED_MEMORY)
+    assert not mosaic_resident.supports(problem(*shape, dtype=dtype, states=2), SHARED_MEMORY)
+    assert not mosaic_resident.supports(problem(*shape, dtype=dtype, routes=1), SHARED_MEMORY)
+
+
+@pytest.mark.parametrize("shape", [(128, 56, 56, 192), (2, 3, 20, 192), (2, 20, 3, 192), (1, 8, 64, 192)])
+def test_leaves_others_to_the_tiled_kernel(shape):
+    assert not mosaic_resident.supports(problem(*shape), SHARED_MEMORY)
+
+
+def test_two_blocks_share_a_multiprocessor():
+    reserved = 1024  # of each block, by the system
+    assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - reserved)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("side", [4, 7, 14, 28, 33])
+def test_copies_of_y_are_aligned(side, dtype):
+    """Lowering does not say so, but the copy engine takes shared memory from multiples of 128 bytes on."""
+    pitch = mosaic_resident._pitch(side, 4, dtype)
+    assert side <= pitch <= side + 1
+    assert pitch * 32 * jnp.dtype(dtype).itemsize % 128 == 0
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 9, 11, 20)])
+def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
+    calls = []
+    scan = mosaic_resident.scan
+    monkeypatch.setattr(mosaic_resident, "scan", lambda *a, **options: calls.append(1) or scan(*a, **options))
+    spec, (b, h, w, d) = jax.ShapeDtypeStruct, shape
+    maps, small, vector = spec(shape, dtype), spec((b, h, w, 1), dtype), spec((d,), "float32")
+    inputs = ScanInputs(maps, maps, spec((d, 1), "float32"), small, small, vector, vector)
+    forward = jax.jit(functools.partial(mosaic._forward_of_images, HALF, save))
+    text = forward.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "routes", "dtype"),
+    [
+        ((2, 8, 12, 32), HALF, "float32"),
+        ((1, 8, 8, 40), HALF, "bfloat16"),  # channels beyond those of a block
+        ((2, 7, 7, 8), HALF, "float32"),  # a last group of lines that overlaps; lines outside the map
+        ((1, 9, 20, 8), ("column", "row"), "bfloat16"),  # the first route goes down columns; two chunks of a line
+        ((1, 14, 5, 16), ("row", "column_reversed"), "float32"),
+    ],
+    ids=["rectangular", "channels", "odd", "column first", "row first"],
+)
+def test_interpreted_kernel(interpreted, shape, routes, dtype):
+    """y against xla, and gradients from the states that were kept, by a backward that knows nothing of the kernel."""
+    rng = np.random.default_rng(0)
+    b, h, w, d = shape
+    normal = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)  # noqa: E731
+    inputs = ScanInputs(
+        u=normal(*shape).astype(dtype),
+        delta=normal(*shape).astype(dtype),
+        A=-jnp.exp(0.5 * normal(d, 1)),
+        B=normal(b, h, w, 1).astype(dtype),
+        C=normal(b, h, w, 1).astype(dtype),
+        D=normal(d),
+        delta_bias=normal(d) - 3.0,
+    )
+    y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
+    (y_alone,) = jax.jit(functools.partial(mosaic._forward_of_images, routes, False))(*inputs)
+    expected, _ = xla.forward(inputs, routes)
+    y, y_alone, expected = (np.asarray(x, np.float32) for x in (y, y_alone, expected))
+    np.testing.assert_array_equal(y_alone, y)
+    assert np.linalg.norm(y - expected) < (2e-6 if dtype == "float32" else 1e-3) * np.linalg.norm(expected)
+    np.testing.assert_allclose(states[..., :d], states_before_chunks(inputs, routes, states.shape[1]), atol=2e-4)
+    np.testing.assert_array_equal(states[..., -(-d // 32) * 32 :], 0.0)
+
+
+def states_before_chunks(inputs: ScanInputs, routes, chunks: int) -> np.ndarray:
+    """(b, chunks, 1, d), position by position; chunks and their positions as the backward's tiles have them."""
+    b, _, _, d = inputs.u.shape
+    geometry = mosaic._geometry(problem(*inputs.u.shape, routes=len(routes)), routes, mosaic.Config(2, 1), H100)
+    u, delta, B = (np.asarray(x, np.float64) for x in (inputs.u, inputs.delta, inputs.B))
+    step = np.logaddexp(delta + np.asarray(inputs.delta_bias), 0.0)
+    keep, drive = np.exp(step * np.asarray(inputs.A)[:, 0]), step * u * B
+    state, before = np.zeros((b, d)), np.full((b, chunks, 1, d), np.nan)
+    for route, first in zip(geometry.routes, geometry.first_chunk, strict=False):
+        for number in reversed(range(route.count)) if route.reversed else range(route.count):
+            for chunk in reversed(range(route.chunks)) if route.reversed else range(route.chunks):
+                before[:, first + number * route.chunks + chunk, 0] = state
+                positions = range(chunk * route.chunk, (chunk + 1) * route.chunk)
+                row, column = route.corner(number)
+                for position in reversed(positions) if route.reversed else positions:
+                    if route.inside(number, position):
+                        place = divmod(route.place(position), route.box[1])
+                        at = (slice(None), row + place[0], column + place[1])
+                        state = keep[at] * state + drive[at]
+    return before
