@@ -89,7 +89,7 @@ class RandAugment:
         if kind != "rand" or len(settings) < len(parts) or settings.get("inc") != 1 or not layers.is_integer():
             raise InputError(
                 f"Cannot read the RandAugment policy {text!r}: write it as in 'rand-m9-mstd0.5-inc1', with m "
-                "(magnitude, 0..10), mstd (its deviation), n (operations for an image) and inc1, or leave it empty for none."
+                "(magnitude, 0..10), mstd (its deviation), n (operations for an image) and inc1."
             )
         return cls(
             magnitude=settings.get("m", cls.magnitude),

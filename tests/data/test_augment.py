@@ -60,7 +60,7 @@ def test_default_areas_reach_the_whole_image() -> None:
     area = height * width / 250_000
     assert 0.079 < area.min() < 0.085
     assert area.max() > 0.98
-    assert (0.74 < width / height).all()
+    assert (width / height > 0.74).all()
     assert (width / height < 1.35).all()
 
 

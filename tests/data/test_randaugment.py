@@ -1,4 +1,4 @@
-"""RandAugment's operations equal the recorded ones bit by bit, and are drawn as often and as strongly as they should."""
+"""RandAugment's operations equal the recorded ones exactly, and are drawn as often and as strongly as they should."""
 
 from __future__ import annotations
 
@@ -133,11 +133,10 @@ def test_magnitudes_and_signs(draws: list[list[tuple[str, float, int]]]) -> None
     assert set(signs.tolist()) == {-1, 1}
     assert abs(signs.mean()) < 5 / np.sqrt(count)
     assert abs(np.median(magnitudes) - 9) < 5 * 0.5 * 1.26 / np.sqrt(count)
-    # Of a normal distribution, 15.87 % lie more than a standard deviation below the mean, 2.275 % two above it: clipped.
+    # Of a normal distribution 15.87 % lie more than one standard deviation to one side, 2.275 % more than two.
     for part, expected in ((magnitudes < 8.5, 0.1587), (magnitudes > 9.5, 0.1587), (magnitudes == 10, 0.02275)):
         assert abs(part.mean() - expected) < 5 * np.sqrt(expected / count)
     assert magnitudes.max() == 10
-    assert np.ptp([m for drawn in draws for _, m, _ in drawn if len(drawn) == 2]) > 1
 
 
 def test_two_operations_draw_their_own_magnitudes(draws: list[list[tuple[str, float, int]]]) -> None:
@@ -168,7 +167,7 @@ def test_fill_and_interpolation_reach_the_operations() -> None:
     image = np.full((12, 12, 3), 255, np.uint8)
     policy = RandAugment(magnitude=9, layers=40, interpolation="nearest", fill=(0, 255, 0))
     shifted = policy(image, np.random.default_rng(0))
-    assert (shifted != 255).any()
+    assert (shifted == (0, 255, 0)).all(-1).any()
     assert pickle.loads(pickle.dumps(policy)) == policy
 
 
