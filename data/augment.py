@@ -72,7 +72,7 @@ class Augmentation:
             The record with a new image, uint8 (size, size, 3).
         """
         image = record["image"]
-        top, left, height, width = random_crop(*image.shape[:2], rng, scale=self.scale, ratio=self.ratio)
+        top, left, height, width = random_crop(image.shape[0], image.shape[1], rng, scale=self.scale, ratio=self.ratio)
         # Cut first, as torchvision does: a filter that saw beyond the crop's border would give other pixels there.
         crop = Image.fromarray(image[top : top + height, left : left + width])
         image = np.array(crop.resize((self.size, self.size), INTERPOLATIONS[self.interpolation]))
