@@ -68,8 +68,9 @@ def load_prepared(
             f"The data set {name} is not prepared in {builder.data_dir}: run '{prepare}' once (this needs tensorflow), "
             "or set data.data_dir to where it is."
         )
-    features = builder.info.features
-    if not isinstance(features, tfds.features.FeaturesDict) or not (
+    top = builder.info.features
+    features = dict(top.items()) if isinstance(top, tfds.features.FeaturesDict) else {}
+    if not (
         isinstance(features.get("image"), tfds.features.Image)
         and isinstance(features.get("label"), tfds.features.ClassLabel)
     ):
