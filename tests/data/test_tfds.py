@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import pipeline, tfds
+from msvmamba_jax.data import encoded, pipeline, tfds
 from msvmamba_jax.data.pipeline import Batch, Dataset
 from msvmamba_jax.errors import InputError
 
@@ -50,19 +51,27 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 example = {"image": content, "label": number % 2, "text": f"{number}"}
                 yield number, {name: example[name] for name in self.features}
 
-    class TinyShapes(Prepared):
-        features: ClassVar = {
-            "image": module.features.Image(shape=(None, None, 3), encoding_format="png"),
-            "label": module.features.ClassLabel(names=["square", "circle"]),
-        }
+    # Unregistered, so that they are found by their files alone.
+    with module.core.registered.skip_registration():
 
-    class TinyText(Prepared):
-        features: ClassVar = {"text": module.features.Text()}
+        class TinyShapes(Prepared):
+            features: ClassVar = {
+                "image": module.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "label": module.features.ClassLabel(names=["square", "circle"]),
+            }
+
+        class TinyText(Prepared):
+            features: ClassVar = {"text": module.features.Text()}
 
     folder = tmp_path_factory.mktemp("prepared")
     for builder in (TinyShapes, TinyText):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "_reported", set())
 
 
 def load(folder: Path, **options: Any) -> Dataset:
@@ -132,6 +141,15 @@ def test_what_cannot_be_read(prepared: Path, options: dict[str, Any], message: s
     assert message in str(error.value)
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
+
+
+def test_files_without_random_access(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    info = tmp_path / "tiny_shapes" / "1.0.0" / "dataset_info.json"
+    assert '"array_record"' in info.read_text()
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(InputError, match="not stored as ArrayRecord files: run 'tfds build tiny_shapes --file_format"):
+        load(tmp_path)
 
 
 def test_tensorflow_datasets_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
