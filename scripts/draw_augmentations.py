@@ -1,6 +1,7 @@
 """Draw a sheet of augmented training images, to look at before a long run.
 
-Every row is an image: on the left the whole of it, then as training sees it, each time augmented anew. Mixing and erasing, which happen on the device, are not shown.
+Every row is an image: on the left the whole of it, then as training sees it, each time augmented anew. Mixing and
+erasing, which happen on the device, are not shown.
 """
 
 from __future__ import annotations
