@@ -158,7 +158,7 @@ def test_no_root(value: Any) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    assert str(tmp_path / "nowhere") in fails(tmp_path / "nowhere")
+    assert f"There is no folder {tmp_path / 'nowhere'}" in fails(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -184,6 +184,7 @@ def test_images_outside_of_classes(root: Path) -> None:
 
 def test_classes_differ(root: Path) -> None:
     (root / "val" / "apple").rename(root / "val" / "pear")
+    assert f"only {root / 'train'} has apple; only {root / 'val'} has pear;" in fails(root)
     for number in range(7):
         save(root / "train" / f"more{number}" / "0.jpg", 1)
     message = fails(root)
@@ -316,7 +317,10 @@ def test_the_next_record_takes_the_place_of_a_damaged_one(root: Path, caplog: py
 
 def test_a_damaged_image_for_evaluation_is_masked(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = truncate(root / "val" / "apple" / "0.jpg")
-    batches = list(pipeline.evaluation_batches(dataset(root), batch_size=4))
+    source = dataset(root)
+    record = source.evaluation[2]
+    assert (record["image"].shape, record["label"], record["corrupt"]) == ((1, 1, 3), 1, 1)
+    batches = list(pipeline.evaluation_batches(source, batch_size=4))
     assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
     assert not batches[0]["image"][2].any()
     assert batches[0]["label"][2] == 0
