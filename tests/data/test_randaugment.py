@@ -44,12 +44,18 @@ def test_the_set_of_operations() -> None:
     assert list(IMAGENET_FILL) == ARGUMENTS["hparams"]["img_mean"]
 
 
-@pytest.mark.parametrize("magnitude", [3, 9, 10])
-@pytest.mark.parametrize("name", OPERATIONS)
+# For the one that is missing the original asks for no bit, which Pillow rejects: see the next test.
+RECORDED = [
+    (name, magnitude)
+    for name in OPERATIONS
+    for magnitude in (3, 9, 10)
+    if (name, magnitude) != ("PosterizeIncreasing", 10)
+]
+
+
+@pytest.mark.parametrize(("name", "magnitude"), RECORDED)
 def test_recorded_operation(reference: dict[str, np.ndarray], name: str, magnitude: int) -> None:
     key = f"{name}_{magnitude}"
-    if key == "PosterizeIncreasing_10":
-        pytest.skip("the original asks for no bit, which Pillow rejects: test_posterize_keeps_a_bit")
     argument = operation_argument(name, magnitude)
     assert ARGUMENTS[key] == ([] if argument is None else [argument])
     image = reference["image"].copy()
