@@ -115,7 +115,7 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     found: dict[str, Path] = {}  # by absolute path
     for path in map(Path, paths):
         if path.is_dir():
-            files = _images_below(path)
+            files = sorted(map(Path, image_files(path)))
             if not files:
                 raise InputError(f"The folder {path} holds no image ({', '.join(EXTENSIONS)}).")
         elif path.exists():
@@ -127,13 +127,17 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return list(found.values())
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """The image files in `folder` and the folders below it, sorted."""
+def image_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Lists the image files in a folder and the folders below it, in no particular order; see `find_images`.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
 
     def fail(error: OSError) -> None:
         raise InputError(f"Cannot list the folder {error.filename}: {error.strerror}.") from error
 
-    files: list[Path] = []
+    files: list[str] = []
     visited: set[str] = set()  # a link may point back to a folder above it
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         if (real := os.path.realpath(parent)) in visited:
@@ -142,9 +146,11 @@ def _images_below(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
-            Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+            os.path.join(parent, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(EXTENSIONS)
         ]
-    return sorted(files)
+    return files
 
 
 @functools.cache

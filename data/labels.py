@@ -10,7 +10,12 @@ was taken from torchvision 0.29.1, ``torchvision/models/_meta.py`` (BSD 3-Clause
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
+from collections.abc import Sequence
+
+# Of the 1000 WordNet identifiers in the order of the class indices, joined by line breaks.
+_IMAGENET_SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
 
 @functools.cache
@@ -19,3 +24,17 @@ def imagenet_class_names() -> tuple[str, ...]:
     # The path starts at the package that is installed under this name, however this module was reached.
     text = importlib.resources.files("msvmamba_jax.data").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
+
+
+def readable_class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """English names in place of ImageNet-1k's WordNet identifiers; every other list of names stays as it is.
+
+    Only the whole list is replaced, recognised by its checksum: the identifiers of a subset stay, since their English
+    names, which the whole set keeps apart by hand, are not stored by identifier.
+
+    Args:
+        names: the name of every label, such as the sorted names of the class folders.
+    """
+    if hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest() == _IMAGENET_SHA256:
+        return imagenet_class_names()
+    return tuple(names)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags
 
-from msvmamba_jax.data import digits
+from msvmamba_jax.data import digits, folder, tfds
+from msvmamba_jax.data.augment import Augmentation
+from msvmamba_jax.data.encoded import DecodedImages, EncodedImages
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 
@@ -26,7 +28,8 @@ Batch = dict[str, np.ndarray]
 class Source(Protocol):
     """Random access to records ``{"image": uint8 (height, width, 3), "label": int}``.
 
-    Where workers are used it must be picklable.
+    A record may have ``"corrupt"`` too: 1 where its image is damaged, 0 elsewhere; see `encoded`. Where workers are
+    used the source must be picklable.
     """
 
     def __len__(self) -> int: ...
@@ -59,7 +62,16 @@ def load_dataset(config: Mapping[str, Any]) -> Dataset:
 
     Args:
         config: a mapping or `ml_collections.ConfigDict`: ``source`` names the data set, the other keys are its options.
-            ``workers``, which is for `train_batches`, may stand there too. Known sources: "digits" (no options).
+            ``workers``, which is for `train_batches`, may stand there too. Known sources and their options:
+
+            - "digits": none.
+            - "folder": ``root``, the folder with ``train`` and ``val``; see `folder`.
+            - "tfds": ``name``, and where they differ from the defaults ``data_dir``, ``train_split`` ("train") and
+              ``evaluation_split`` ("validation"); see `tfds.load_prepared`.
+
+            The latter two also take ``size`` (224) and ``resize`` (256) of `Preprocessing`; ``interpolation``
+            ("bicubic"), for both parts; and ``randaugment`` ("rand-m9-mstd0.5-inc1"; empty: none), ``scale``, ``ratio``
+            and ``flip`` of `Augmentation`.
 
     Raises:
         InputError: the source or an option is unknown, or the data cannot be read.
@@ -116,8 +128,8 @@ def train_batches(
         process_count: how many processes train together.
 
     Yields:
-        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,)}``. Closing the generator stops its threads and
-        workers.
+        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,)}``, and ``"corrupt": int32 (b,)`` where the source's
+        records have it. Closing the generator stops its threads and workers.
 
     Raises:
         InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.
@@ -168,7 +180,8 @@ def evaluation_batches(
     """The whole evaluation set once, cropped by the data set's preprocessing, in order.
 
     Every process yields `evaluation_steps` batches of one shape; process p holds the rows p, p + process_count, ... of
-    each global batch. Rows past the last image are padding: black, label 0, mask False.
+    each global batch. Rows past the last image, and those of images that are damaged (see `encoded`), are padding:
+    black, label 0, mask False.
 
     Args:
         dataset: the data set.
@@ -193,14 +206,68 @@ def evaluation_batches(
 
 
 def _digits(options: Mapping[str, Any]) -> Dataset:
-    if options:
-        raise InputError(f"The data source 'digits' has no option {', '.join(map(repr, options))}.")
+    _reject_unknown("digits", options, ())
     train, evaluation = digits.load_digits()
     return Dataset(train, evaluation, digits.CLASS_NAMES, digits.PREPROCESSING, digits.augment)
 
 
+def _folder(options: Mapping[str, Any]) -> Dataset:
+    _reject_unknown("folder", options, ("root", *_IMAGE_OPTIONS))
+    preprocessing, augment = _image_transforms(options)
+    return _image_dataset(*folder.load_folder(options.get("root")), preprocessing, augment)
+
+
+def _tfds(options: Mapping[str, Any]) -> Dataset:
+    _reject_unknown("tfds", options, ("name", "data_dir", "train_split", "evaluation_split", *_IMAGE_OPTIONS))
+    if not options.get("name"):
+        raise InputError("The data source 'tfds' needs the name of a data set: --config.data.name=imagenet2012.")
+    preprocessing, augment = _image_transforms(options)
+    parts = tfds.load_prepared(
+        options["name"],
+        data_dir=options.get("data_dir") or None,
+        train_split=options.get("train_split", "train"),
+        evaluation_split=options.get("evaluation_split", "validation"),
+    )
+    return _image_dataset(*parts, preprocessing, augment)
+
+
+_IMAGE_OPTIONS = ("size", "resize", "interpolation", "randaugment", "scale", "ratio", "flip")
+
+
+def _image_transforms(options: Mapping[str, Any]) -> tuple[Preprocessing, Augmentation]:
+    given = {name: options[name] for name in _IMAGE_OPTIONS if name in options}
+    preprocessing = Preprocessing(
+        **{name: given[name] for name in ("size", "resize", "interpolation") if name in given}
+    )
+    given.pop("resize", None)
+    if "randaugment" in given:
+        given["randaugment"] = given["randaugment"] or None  # On a command line None can only be written as "".
+    return preprocessing, Augmentation(**given)
+
+
+def _image_dataset(
+    train: EncodedImages,
+    evaluation: EncodedImages,
+    class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
+    augment: Augmentation,
+) -> Dataset:
+    parts = DecodedImages(train, training=True), DecodedImages(evaluation, training=False)
+    return Dataset(*parts, class_names, preprocessing, augment)
+
+
+def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    if unknown := [name for name in options if name not in known]:
+        listed = f"; it has {', '.join(known)}" if known else ""
+        raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
+
+
 # The data sets by the name that a configuration's `source` gives them; each takes its options and rejects unknown ones.
-_LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {"digits": _digits}
+_LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
+    "digits": _digits,
+    "folder": _folder,
+    "tfds": _tfds,
+}
 
 
 def _import_grain() -> Any:
@@ -245,14 +312,17 @@ def _cropped(preprocessing: Preprocessing, record: Record) -> Record:
 
 
 def _training_record(record: Record) -> Record:
-    return {"image": record["image"], "label": np.int32(record["label"])}
+    fields = {"image": record["image"], "label": np.int32(record["label"])}
+    if "corrupt" in record:
+        fields["corrupt"] = np.int32(record["corrupt"])
+    return fields
 
 
 def _evaluation_record(source: Source, preprocessing: Preprocessing, index: int) -> Record:
-    if index >= len(source):
+    record = source[index] if index < len(source) else None
+    if record is None or record.get("corrupt"):
         image = np.zeros((preprocessing.size, preprocessing.size, 3), np.uint8)
         return {"image": image, "label": np.int32(0), "mask": np.bool_(False)}
-    record = source[index]
     return {
         "image": preprocessing.crop(record["image"]),
         "label": np.int32(record["label"]),

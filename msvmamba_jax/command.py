@@ -25,6 +25,7 @@ def run(main: Callable[[], int | None]) -> int:
     """
     # Orbax and JAX tell of every file and absent accelerator; what fails reaches the code below as an exception.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("msvmamba_jax").setLevel(logging.WARNING)  # or the line above would silence this package too
     sys.unraisablehook = _report_unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a failed save, one traceback for each array
     try:

@@ -1,0 +1,59 @@
+"""The sheet of augmented images: whole originals on the left, and a sentence where something is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "draw_augmentations.py"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_sheet(folder: Path, tmp_path: Path) -> None:
+    options = ("--images", 2, "--variants", 3, "--size", 64)
+    done = run(folder, "--output", tmp_path / "sheet.png", *options)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 images" in done.stdout
+    page = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert page.shape == (20 + 2 * 68 + 4, 4 + 4 * 68, 3)
+    np.testing.assert_array_equal(page[20 : 20 + 64, 4 : 4 + 32], np.asarray(Image.open(folder / "0.png")))
+    cells = {page[20 + 68 * row :][:64, 4 + 68 * column :][:, :64].tobytes() for row in (0, 1) for column in range(4)}
+    assert len(cells) == 8
+    for output, seed in (("again.png", 0), ("other.png", 1)):
+        assert run(folder, "--output", tmp_path / output, "--seed", seed, *options).returncode == 0
+        assert (np.asarray(Image.open(tmp_path / output)) == page).all() == (seed == 0)
+
+
+def test_help_and_errors(folder: Path, tmp_path: Path) -> None:
+    assert "--randaugment" in run("--help").stdout
+    for arguments, message in (
+        ((tmp_path / "nowhere",), "nowhere"),
+        ((folder, "--randaugment", "strong"), "rand-m9-mstd0.5-inc1"),
+        ((folder, "--output", tmp_path / "no" / "sheet.png"), "Cannot write"),
+        ((folder, "--images", 0), "at least 1"),
+    ):
+        done = run(*arguments)
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
