@@ -174,8 +174,8 @@ class _Block:
 
         The last rows may lie outside the map: the copy engine is asked for multiples of 128 bytes.
         """
-        BC = self._scratch["BC"]
-        plgpu.copy_gmem_to_smem(self._operands.BC.at[self._image], BC, self._scratch["BC ready"])
+        BC: Any = self._operands.BC.at[self._image]
+        plgpu.copy_gmem_to_smem(BC, self._scratch["BC"], self._scratch["BC ready"])
         groups = _groups(self._geometry.height)
 
         def fetch(number: Any, _: Any) -> Any:
