@@ -9,7 +9,8 @@ Where images and channels are too few to fill the GPU, each route is cut into se
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
-The forward of several routes over a map that fits in shared memory has a kernel of its own, `mosaic_resident`.
+The forward of several routes over a map that fits in shared memory has a kernel of its own, `mosaic_resident`, which
+takes the problems that it is faster on.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
@@ -87,7 +88,7 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
     """Configurations worth measuring; `mosaic_resident` has but one."""
-    if mosaic_resident.supports(problem, device.shared_memory):
+    if _stays_resident(problem, device):
         return [heuristic(problem, device)]
     parts = {heuristic(problem, device).parts}
     if parts != {1}:
@@ -191,7 +192,7 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
-    if alike and mosaic_resident.supports(problem, local_device().shared_memory):
+    if alike and _stays_resident(problem, local_device()):
         operands = _operands(inputs, geometry, mosaic_resident.packed(inputs))
         y, *states = mosaic_resident.scan(geometry, operands, save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
@@ -199,6 +200,10 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
     return (y[..., : inputs.u.shape[-1]], *states)
+
+
+def _stays_resident(problem: Problem, device: Device) -> bool:
+    return mosaic_resident.supports(problem, device.shared_memory) and mosaic_resident.faster(problem, device)
 
 
 def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from msvmamba_jax.kernels.selective_scan.config import Problem
-from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, Geometry, Operands
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem
+from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, THREADS, Geometry, Operands
 from msvmamba_jax.kernels.selective_scan.recurrence import decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
@@ -30,6 +30,7 @@ from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 _LINES = 4  # warps of a warpgroup
 _CHANNELS = 32  # lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
+_LONG = 20  # positions; lengths between 14 and 28 have not been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
 _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
@@ -57,6 +58,16 @@ def supports(problem: Problem, shared_memory: int) -> bool:
         and max(sides) <= _LONGEST
         and _shared_bytes(problem) <= shared_memory
     )
+
+
+def faster(problem: Problem, device: Device) -> bool:
+    """Whether `scan` is expected to need less time for a problem than the kernel that walks over tiles.
+
+    Measured: what each group of lines costs beside its positions pays for lines of 28, and not for those of 14 and 7,
+    unless images and channels are so few that blocks of 128 channels leave multiprocessors idle.
+    """
+    blocks = problem.batch * -(-problem.channels // THREADS)
+    return min(problem.height, problem.width) >= _LONG or blocks < device.multiprocessors
 
 
 def _shared_bytes(problem: Problem) -> int:

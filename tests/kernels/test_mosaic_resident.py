@@ -37,6 +37,14 @@ def test_leaves_others_to_the_tiled_kernel(shape):
     assert not mosaic_resident.supports(problem(*shape), SHARED_MEMORY)
 
 
+@pytest.mark.parametrize(
+    ("shape", "faster"),
+    [((128, 28, 28, 192), True), ((128, 14, 14, 384), False), ((16, 14, 14, 384), True), ((128, 7, 7, 768), False)],
+)
+def test_takes_over_where_it_measured_faster(shape, faster):
+    assert mosaic_resident.faster(problem(*shape), H100) == faster
+
+
 def test_two_blocks_share_a_multiprocessor():
     reserved = 1024  # of each block, by the system
     assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - reserved)
@@ -53,7 +61,7 @@ def test_copies_of_y_are_aligned(side, dtype):
 
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(128, 28, 28, 192), (128, 14, 14, 384), (128, 7, 7, 768), (2, 9, 11, 20)])
+@pytest.mark.parametrize("shape", [(128, 28, 28, 192), (16, 14, 14, 384), (16, 7, 7, 768), (2, 9, 11, 20)])
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
     calls = []
     scan = mosaic_resident.scan
