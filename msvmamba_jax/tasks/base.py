@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from msvmamba_jax.checkpoint import Description
 
 Batch = Mapping[str, Any]
+Mirror = Callable[[jax.Array], jax.Array]
 
 
 class Evaluator(Protocol):
@@ -35,8 +36,21 @@ class Task(Protocol):
     def score(self) -> str:
         """The metric (of `Evaluator.result`) by which the best checkpoint is chosen; higher is better."""
 
+    def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
+        """The training batch as `loss` takes it: what is done on the device before the model, traced.
+
+        Args:
+            batch: a whole host batch, or one device's rows of it.
+            keys: (b,), a random key for each example.
+            batch_key: the random key of the whole batch, the same on every device.
+            mirror: maps an array (b, ...) to that of each example's partner: in a batch of n, example i's is n - 1 - i.
+        """
+
     def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a training batch and scalar metrics, traced. `keys` (b,): a random key for each example."""
+        """Mean loss of a prepared batch, or part of one, and scalar metrics, traced.
+
+        `keys` (b,): a random key for each example, other than those of `prepare`.
+        """
 
     def predict(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
         """What the evaluator needs of a batch, traced; leading axis b."""

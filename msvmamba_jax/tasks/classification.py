@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.inference import normalise
-from msvmamba_jax.tasks.base import Batch
+from msvmamba_jax.tasks.base import Batch, Mirror
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,26 +29,35 @@ class Classification:
     label_smoothing: float = 0.0
     score: str = "accuracy_top1"
 
-    def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Task`. Batch: `image` uint8 (b, h, w, 3), `label` int32 (b,)."""
-        logits = self._logits(model, batch["image"], keys)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), self.label_smoothing)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
+        """See `Task`. Batch: `image` uint8 (b, h, w, 3), `label` int32 (b,).
+
+        Returns:
+            `image` float32 (b, h, w, 3), normalised; `label`; `target` float32 (b, classes), a distribution.
+        """
+        targets = jax.nn.one_hot(batch["label"], len(self.description.class_names))
+        return {
+            "image": normalise(batch["image"], self.description.preprocessing),
+            "label": batch["label"],
+            "target": optax.smooth_labels(targets, self.label_smoothing),
+        }
+
+    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Task`."""
+        logits: jax.Array = model(batch["image"], keys)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, batch["target"]))
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         return loss, {"accuracy_top1": jnp.mean(correct.astype(jnp.float32))}
 
-    def predict(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
+    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """`top` int32 (b, 5): the most probable labels; `loss` (b,): cross-entropy without smoothing."""
-        logits = self._logits(model, batch["image"], None)
+        logits: jax.Array = model(normalise(batch["image"], self.description.preprocessing))
         _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         return {"top": top, "loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])}
 
     def evaluator(self) -> ClassificationEvaluator:
         """See `Task`."""
         return ClassificationEvaluator()
-
-    def _logits(self, model: Any, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-        return model(normalise(images, self.description.preprocessing), keys)
 
 
 class ClassificationEvaluator:

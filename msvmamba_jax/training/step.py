@@ -77,8 +77,11 @@ def train_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = state["params"]
         step_key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        examples = jnp.arange(jax.tree.leaves(dict(batch))[0].shape[0])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, examples)
+        size = jax.tree.leaves(dict(batch))[0].shape[0]
+        per_example = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = per_example(step_key, jnp.arange(size))
+        batch_key = jax.random.fold_in(step_key, size)  # the first index that no example has
+        batch = task.prepare(batch, per_example(batch_key, jnp.arange(size)), batch_key, lambda x: jnp.flip(x, axis=0))
         gradients, metrics = (accumulated if accumulate > 1 else gradient)(params, batch, keys)
         updates, opt = optimizer.update(gradients, state["opt"], params)
         params = optax.apply_updates(params, updates)

@@ -95,7 +95,9 @@ def test_randomness_depends_on_seed_and_step(task, batch):
 
 def test_loss_is_the_smoothed_cross_entropy(task, batch):
     model = Tiny(nnx.Rngs(0))
-    loss, metrics = task.loss(model, {k: jnp.asarray(v) for k, v in batch.items()}, None)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    prepared = task.prepare({k: jnp.asarray(v) for k, v in batch.items()}, keys, keys[0], lambda x: x[::-1])
+    loss, metrics = task.loss(model, prepared, None)
     x = (batch["image"] / 255.0 - np.array(Preprocessing().mean)) / np.array(Preprocessing().std)
     logits = x.mean((1, 2)) @ np.asarray(model.linear.kernel[...]) + np.asarray(model.linear.bias[...])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
