@@ -9,6 +9,7 @@ from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
+from msvmamba_jax.tasks.mixing import Mixing
 
 
 def make_task(config: Any, dataset: Dataset) -> Task:
@@ -28,4 +29,9 @@ def make_task(config: Any, dataset: Dataset) -> Task:
         class_names=dataset.class_names,
         preprocessing=dataset.preprocessing,
     )
-    return Classification(description=description, label_smoothing=config.label_smoothing)
+    return Classification(
+        description=description,
+        label_smoothing=config.label_smoothing,
+        erase_probability=config.erase_probability,
+        mixing=Mixing(**config.mix.to_dict()),
+    )
