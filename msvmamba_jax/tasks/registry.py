@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from msvmamba_jax.checkpoint import MODEL_OPTIONS, Description
@@ -16,7 +17,7 @@ def make_task(config: Any, dataset: Dataset) -> Task:
     """The task that `config.task` names, for the classes and images of `dataset`.
 
     Raises:
-        InputError: an unknown task, model or model option.
+        InputError: an unknown task, model or option, or a value out of range.
     """
     if config.task != "classification":
         raise InputError(f"unknown config.task {config.task!r}; there is 'classification'")
@@ -24,6 +25,10 @@ def make_task(config: Any, dataset: Dataset) -> Task:
     known = {"name", *MODEL_OPTIONS}
     if unknown := sorted(set(options) - known):
         raise InputError(f"unknown option of config.model: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    mixing = config.mix.to_dict()
+    fields = {field.name for field in dataclasses.fields(Mixing)}
+    if unknown := sorted(set(mixing) - fields):
+        raise InputError(f"unknown option of config.mix: {', '.join(unknown)}; there are {', '.join(sorted(fields))}")
     description = Description(
         model={**options, "num_classes": len(dataset.class_names)},
         class_names=dataset.class_names,
@@ -33,5 +38,5 @@ def make_task(config: Any, dataset: Dataset) -> Task:
         description=description,
         label_smoothing=config.label_smoothing,
         erase_probability=config.erase_probability,
-        mixing=Mixing(**config.mix.to_dict()),
+        mixing=Mixing(**mixing),
     )
