@@ -38,6 +38,13 @@ def get_config() -> ConfigDict:
                 "clip_norm": 5.0,
             },
             "label_smoothing": 0.1,
+            "erase_probability": 0.0,  # of random erasing, for each image
+            "mix": {  # mixup and CutMix: alpha of the weight's Beta distribution, 0: none
+                "mixup": 0.0,
+                "cutmix": 0.0,
+                "switch_probability": 0.5,  # of CutMix where both are on
+                "probability": 1.0,  # that a batch is mixed
+            },
             "ema_decay": 0.98,  # of the averaged weights, for each step
             "log_every": 20,  # steps
             "evaluate_every": 88,

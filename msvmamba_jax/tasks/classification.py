@@ -12,8 +12,11 @@ import numpy as np
 import optax
 
 from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.errors import InputError
 from msvmamba_jax.inference import normalise
 from msvmamba_jax.tasks.base import Batch, Mirror
+from msvmamba_jax.tasks.erasing import erase
+from msvmamba_jax.tasks.mixing import Mixing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,27 +26,44 @@ class Classification:
     Attributes:
         description: the model and its classes.
         label_smoothing: probability mass spread evenly over all classes.
+        erase_probability: of random erasing, for each training image; see `erasing`.
+        mixing: mixup and CutMix of the training batch.
+
+    Raises:
+        InputError: on construction, when a probability is out of range.
     """
 
     description: Description
     label_smoothing: float = 0.0
+    erase_probability: float = 0.0
+    mixing: Mixing = dataclasses.field(default_factory=Mixing)
     score: str = "accuracy_top1"
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "erase_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"config.{name} must be in 0..1; got {getattr(self, name)}")
 
     def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
         """See `Task`. Batch: `image` uint8 (b, h, w, 3), `label` int32 (b,).
 
         Returns:
-            `image` float32 (b, h, w, 3), normalised; `label`; `target` float32 (b, classes), a distribution.
+            `image` float32 (b, h, w, 3): normalised, then erased, then mixed; `target` float32 (b, classes), a
+            distribution; `label` int32 (b,): of a mixed image, the one that it has more of.
         """
+        images = normalise(batch["image"], self.description.preprocessing)
         targets = jax.nn.one_hot(batch["label"], len(self.description.class_names))
-        return {
-            "image": normalise(batch["image"], self.description.preprocessing),
-            "label": batch["label"],
-            "target": optax.smooth_labels(targets, self.label_smoothing),
-        }
+        images, targets = self.mixing(
+            erase(images, keys, self.erase_probability),
+            optax.smooth_labels(targets, self.label_smoothing),
+            batch_key,
+            mirror,
+        )
+        label = jnp.argmax(targets, axis=-1).astype(jnp.int32) if self.mixing.on else batch["label"]
+        return {"image": images, "label": label, "target": targets}
 
     def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Task`."""
+        """See `Task`. `accuracy_top1` of mixed images counts the class that an image has more of."""
         logits: jax.Array = model(batch["image"], keys)
         loss = jnp.mean(optax.softmax_cross_entropy(logits, batch["target"]))
         correct = jnp.argmax(logits, axis=-1) == batch["label"]

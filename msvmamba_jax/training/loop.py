@@ -25,7 +25,7 @@ from msvmamba_jax.training.checkpoints import RunCheckpoints, abstract
 from msvmamba_jax.training.devices import make_layout
 from msvmamba_jax.training.evaluation import evaluate
 from msvmamba_jax.training.logging import MetricsFile, Progress, TensorBoard
-from msvmamba_jax.training.optimizer import adamw, cosine_schedule
+from msvmamba_jax.training.optimizer import adamw, schedule_of
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
 
 
@@ -74,14 +74,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         "scan_implementation": config.scan_implementation or None,
     }
     model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
-    scale = config.batch_size / config.optimizer.batch_size
-    schedule = cosine_schedule(
-        peak=config.optimizer.learning_rate * scale,
-        warmup_start=config.optimizer.warmup_start * scale,
-        minimum=config.optimizer.minimum * scale,
-        warmup_steps=round(config.optimizer.warmup_fraction * steps),
-        total_steps=steps,
-    )
+    schedule = schedule_of(config, steps)
     optimizer = adamw(schedule, weight_decay=config.optimizer.weight_decay, clip_norm=config.optimizer.clip_norm)
 
     def init() -> dict[str, Any]:

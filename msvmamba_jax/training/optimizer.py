@@ -39,6 +39,23 @@ def cosine_schedule(
     return rate
 
 
+def schedule_of(config: Any, total_steps: int) -> optax.Schedule:
+    """The schedule that `config.optimizer` describes for a run of `total_steps`, scaled to `config.batch_size`.
+
+    Raises:
+        InputError: see `cosine_schedule`.
+    """
+    options = config.optimizer
+    scale = config.batch_size / options.batch_size
+    return cosine_schedule(
+        peak=options.learning_rate * scale,
+        warmup_start=options.warmup_start * scale,
+        minimum=options.minimum * scale,
+        warmup_steps=round(options.warmup_fraction * total_steps),
+        total_steps=total_steps,
+    )
+
+
 def decay_mask(parameters: Tree) -> Tree:
     """Which parameters are subject to weight decay: a tree of booleans.
 

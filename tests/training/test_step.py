@@ -1,5 +1,7 @@
 """One training step: accumulation, devices, randomness, averaged weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.models.parameters import abstract_model
 from msvmamba_jax.tasks.classification import Classification, ClassificationEvaluator
+from msvmamba_jax.tasks.mixing import Mixing
 from msvmamba_jax.training.step import initial_state, train_step
 
 BATCH = 8
@@ -113,3 +116,15 @@ def test_evaluator_counts_masked_rows_nowhere():
     evaluator.update({"top": top, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, batch)
     evaluator.update({"top": top[:1], "loss": np.array([6.0])}, {"label": np.array([9]), "mask": np.array([True])})
     assert evaluator.result() == {"accuracy_top1": 0.25, "accuracy_top5": 0.75, "loss": 3.0, "images": 4}
+
+
+@pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0)])
+def test_mixing_is_the_same_in_parts_and_on_four_devices(task, batch, mixing):
+    mixed = dataclasses.replace(task, mixing=mixing, erase_probability=0.5)
+    expected = run(mixed, batch)[-1]
+    assert float(expected[1]["loss"]) != float(run(task, batch)[-1][1]["loss"])
+    assert_same(expected, run(mixed, batch, accumulate=4)[-1])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
+    jit = lambda step: jax.jit(step, in_shardings=shardings, out_shardings=(shardings[0], None))  # noqa: E731
+    assert_same(expected, run(mixed, batch, jit=jit)[-1])

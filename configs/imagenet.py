@@ -1,0 +1,59 @@
+"""The ImageNet-1k recipe of the original, which nano.py, micro.py, tiny.py and the vssm_*.py beside this file share.
+
+300 epochs at 224 x 224 with a batch of 1024 over all devices (128 each on 8). `evaluate_every` and `save_every` are in
+steps, and an epoch of ImageNet's 1,281,167 images has 1,251 of them: for another data set or batch size, give others.
+"""
+
+from ml_collections import ConfigDict
+
+_EPOCH = 1_281_167 // 1024  # steps
+
+
+def recipe(model: str, *, drop_path: float) -> ConfigDict:
+    """The configuration for a variant and its highest rate of stochastic depth."""
+    return ConfigDict(
+        {
+            "task": "classification",
+            "seed": 0,
+            "data": {
+                "source": "folder",
+                "root": "",  # the folder with train/ and val/
+                "workers": 16,  # processes that load and augment; 0: threads of the training process
+                "size": 224,
+                "resize": 256,  # of the short side, for evaluation
+                "interpolation": "bicubic",
+                "randaugment": "rand-m9-mstd0.5-inc1",
+                "scale": (0.08, 1.0),  # area of the random crop
+                "ratio": (3 / 4, 4 / 3),  # its width over its height
+                "flip": 0.5,
+            },
+            "model": {"name": model, "drop_path": drop_path},
+            "dtype": "bfloat16",  # of the computation; parameters and the scan's state are float32
+            "remat": False,  # recompute blocks in the backward pass to save memory
+            "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here
+            "batch_size": 1024,  # over all devices
+            "accumulate": 1,  # parts in which a batch is worked through, to save memory
+            "epochs": 300,
+            "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
+                "learning_rate": 5e-4,
+                "warmup_start": 5e-7,
+                "minimum": 5e-6,
+                "batch_size": 512,
+                "warmup_fraction": 20 / 300,  # of all steps
+                "weight_decay": 0.05,
+                "clip_norm": 5.0,
+            },
+            "label_smoothing": 0.1,
+            "erase_probability": 0.25,  # of random erasing, for each image
+            "mix": {  # mixup and CutMix: alpha of the weight's Beta distribution, 0: none
+                "mixup": 0.8,
+                "cutmix": 1.0,
+                "switch_probability": 0.5,  # of CutMix where both are on
+                "probability": 1.0,  # that a batch is mixed
+            },
+            "ema_decay": 0.9999,  # of the averaged weights, for each step
+            "log_every": 100,  # steps
+            "evaluate_every": 5 * _EPOCH,
+            "save_every": _EPOCH,
+        }
+    )

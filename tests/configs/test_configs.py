@@ -1,0 +1,86 @@
+"""Every configuration makes its task, and the ImageNet recipe is the original's."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from msvmamba_jax import InputError
+from msvmamba_jax.data.augment import Augmentation
+from msvmamba_jax.data.pipeline import Dataset, load_dataset
+from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.models.parameters import abstract_model
+from msvmamba_jax.models.variants import VARIANTS
+from msvmamba_jax.tasks.mixing import Mixing
+from msvmamba_jax.tasks.registry import make_task
+from msvmamba_jax.training.loop import total_steps
+from msvmamba_jax.training.optimizer import schedule_of
+
+FOLDER = Path(__file__).parents[2] / "configs"
+SHARED = {"__init__", "imagenet"}
+ALL = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
+IMAGENET = ["micro", "nano", "tiny", "vssm_base", "vssm_small", "vssm_tiny"]
+
+
+def load(name):
+    return runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]()
+
+
+def dataset(images=1_281_167):
+    names = tuple(f"class {i}" for i in range(1000))
+    return Dataset(train=range(images), evaluation=range(10), class_names=names, preprocessing=Preprocessing())
+
+
+def test_all_are_there():
+    assert sorted(["digits", *IMAGENET]) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_makes_its_task(name):
+    config = load(name)
+    task = make_task(config, dataset())
+    assert task.label_smoothing == 0.1
+    assert f"configs/{name}.py" in runpy.run_path(str(FOLDER / f"{name}.py"))["__doc__"]
+    json.dumps(config.to_dict())  # as the workdir's config.json
+    abstract_model(lambda: task.description.build(rngs=nnx.Rngs(0), dtype=config.dtype))
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_recipe(name, parity):
+    config = load(name)
+    task = make_task(config, dataset())
+    assert (task.erase_probability, task.mixing) == (0.25, Mixing(mixup=0.8, cutmix=1.0))
+    recipe_name = name if name.startswith("vssm") else f"msvmamba_{name}"
+    assert config.model.name == recipe_name
+    assert recipe_name in VARIANTS
+    recorded = parity.json("recipe/lr_schedule.json")
+    steps = total_steps(config, dataset())
+    assert (config.batch_size, steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
+    schedule = schedule_of(config, steps)
+    for step, rate in recorded["values"].items():
+        np.testing.assert_allclose(schedule(int(step)), rate, rtol=1e-6, err_msg=step)
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_data_options_are_the_recipes(name):
+    config = load(name)
+    with pytest.raises(InputError, match=r"--config\.data\.root"):  # the root is the user's to give
+        load_dataset(config.data)
+    augment = Augmentation()
+    assert {key: config.data[key] for key in ("size", "interpolation", "randaugment", "scale", "ratio", "flip")} == {
+        key: getattr(augment, key) for key in ("size", "interpolation", "randaugment", "scale", "ratio", "flip")
+    }
+
+
+def test_options_of_mixing_are_checked():
+    config = load("nano")
+    config.mix.mixup = -1.0
+    with pytest.raises(InputError, match=r"config\.mix\.mixup"):
+        make_task(config, dataset())
+    config = load("nano")
+    config.mix = {"mixup": 0.8, "cutmixx": 1.0}
+    with pytest.raises(InputError, match="cutmixx"):
+        make_task(config, dataset())
