@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
             "remat": False,  # recompute blocks in the backward pass to save memory
             "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here
             "batch_size": 64,  # over all devices
+            "parallelism": "jit",  # or "pmap": the state replicated on every device
+            "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
             "epochs": 12,
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size

@@ -28,7 +28,6 @@ _TIMED_BATCHES = 10
 
 
 def _main() -> None:
-    import jax
     import tqdm
 
     from msvmamba_jax.checkpoint import available_weights, build_model, find_checkpoint, load_checkpoint
@@ -37,14 +36,14 @@ def _main() -> None:
     from msvmamba_jax.models.flops import classifier_flops
     from msvmamba_jax.models.parameters import count, get_parameters
     from msvmamba_jax.tasks.classification import Classification
-    from msvmamba_jax.training.devices import make_layout
     from msvmamba_jax.training.evaluation import evaluate
+    from msvmamba_jax.training.parallelism import make_layout
     from msvmamba_jax.training.step import predict_step
 
     config = _CONFIG.value
     folder = find_checkpoint(_CHECKPOINT.value)
     dataset = load_dataset(config.data)
-    layout = make_layout(config.batch_size)
+    layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=config.batch_size)
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
     wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
@@ -60,7 +59,7 @@ def _main() -> None:
             description, parameters, dtype=config.dtype, scan_implementation=config.scan_implementation or None
         )
         if predict is None:  # one program serves both kinds of weights
-            predict = jax.jit(predict_step(model, task), in_shardings=(layout.replicated, layout.batch))
+            predict = layout.compile_predict(predict_step(model, task))
         size = description.preprocessing.size
         report["model"] = description.model["name"]
         report["parameters"] = count(get_parameters(model))

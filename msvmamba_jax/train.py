@@ -5,6 +5,9 @@
 Run it again with the same --workdir to go on where it stopped. Any value of the configuration can be given on the
 command line, such as --config.batch_size=256 --config.optimizer.learning_rate=1e-3. The workdir gets metrics.jsonl,
 TensorBoard events, config.json and checkpoints; `evaluate` and `predict` take it as it is.
+
+On several hosts start one process on each, with the same --workdir on a file system that all share. Inside Slurm's srun
+they find each other; elsewhere give --coordinator, --num_processes and --process_id.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from msvmamba_jax import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", required=True)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "For several processes: host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
@@ -25,7 +31,9 @@ def _main() -> int | None:
     from msvmamba_jax.data.pipeline import load_dataset
     from msvmamba_jax.tasks.registry import make_task
     from msvmamba_jax.training.loop import train
+    from msvmamba_jax.training.processes import join
 
+    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     config = _CONFIG.value
     dataset = load_dataset(config.data)
     stopped_by = train(config, make_task(config, dataset), dataset, Path(_WORKDIR.value))

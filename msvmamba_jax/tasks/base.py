@@ -19,7 +19,7 @@ class Evaluator(Protocol):
     """Collects predictions of one pass over a split, on the host."""
 
     def update(self, predictions: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
-        """Adds one batch; `batch["mask"]` is False where a row is padding."""
+        """Adds one batch, without its images; `batch["mask"]` is False where a row is padding."""
 
     def result(self) -> dict[str, float]:
         """The metrics of all that was added."""

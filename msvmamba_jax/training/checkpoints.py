@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from msvmamba_jax.checkpoint import Description
@@ -40,7 +39,8 @@ class RunCheckpoints:
         """The latest state.
 
         Args:
-            abstract_state: shapes, dtypes and shardings of the state.
+            abstract_state: shapes, dtypes and shardings of the state, as `Layout.abstract` gives; it may have been
+                saved with other shardings.
 
         Raises:
             InputError: the checkpoint is of another model, or damaged.
@@ -85,11 +85,6 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits, then releases the folder."""
         self._manager.close()
-
-
-def abstract(state: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes, dtypes and `sharding` of a state, for `RunCheckpoints.restore`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
 def _short(value: Any) -> str:

@@ -94,6 +94,46 @@ class Progress:
         self._bar.close()
 
 
+class Report:
+    """All of the above for one run."""
+
+    def __init__(self, workdir: Path, total: int, start: int):
+        self._file = MetricsFile(workdir / "metrics.jsonl", start)
+        self._tensorboard = TensorBoard(workdir / "tensorboard", start)
+        progress = Progress(total, start)
+        self.advance, self.show, self.say, self._progress = progress.advance, progress.show, progress.say, progress
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics for the file and TensorBoard."""
+        self._file.write(step, metrics)
+        self._tensorboard.write(step, metrics)
+
+    def close(self) -> None:
+        """Closes everything."""
+        self._progress.close()
+        self._file.close()
+        self._tensorboard.close()
+
+
+class SilentReport:
+    """What the other processes of a run have in the place of a `Report`."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _lines(path: Path) -> list[str]:
     """Whole lines; a last one that a killed run left unfinished is dropped."""
     if not path.is_file():

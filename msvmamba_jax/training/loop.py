@@ -21,11 +21,12 @@ from msvmamba_jax.data.pipeline import Dataset, evaluation_batches, train_batche
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count
 from msvmamba_jax.tasks.base import Task
-from msvmamba_jax.training.checkpoints import RunCheckpoints, abstract
-from msvmamba_jax.training.devices import make_layout
+from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.evaluation import evaluate
-from msvmamba_jax.training.logging import MetricsFile, Progress, TensorBoard
+from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, schedule_of
+from msvmamba_jax.training.parallelism import make_layout
+from msvmamba_jax.training.processes import is_main, largest
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
 
 
@@ -34,13 +35,17 @@ class NonFiniteError(InputError):
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: the run saves, then ends. A second signal ends it at once."""
+    """SIGTERM or Ctrl-C on any process: the run saves, then ends everywhere. A second signal ends a process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._handle)
+
+    def agreed(self) -> int | None:
+        """The signal that this or another process of the run has got, the same on all; all must call it."""
+        return largest(self.signal or 0) or None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -63,7 +68,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         InputError: an option is impossible, the workdir holds something else, or the loss is not finite.
     """
     stop = StopRequest()
-    layout = make_layout(config.batch_size)
+    layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=config.batch_size)
     steps = total_steps(config, dataset)
     _check(config, steps)
 
@@ -85,18 +90,19 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     checkpoints = RunCheckpoints(workdir, task.description)
     start = checkpoints.latest_step()
     if start is None:
-        state = jax.jit(init, out_shardings=layout.replicated)()
+        state = layout.create(init)
         start = 0
     else:
-        state = checkpoints.restore(abstract(jax.eval_shape(init), layout.replicated))
-    _write_config(workdir, config)
+        state = checkpoints.restore(layout.abstract(init))
+    if is_main():
+        _write_config(workdir, config)
     _announce(config, task, dataset, workdir, steps, start, count(state["params"]))
     if start >= steps:
-        print(f"the run is complete: {start} of {steps} steps are done")
+        _say(f"the run is complete: {start} of {steps} steps are done")
         checkpoints.close()
         return None
 
-    step_fn = jax.jit(
+    step_fn = layout.compile_train(
         train_step(
             model,
             task,
@@ -105,50 +111,44 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
             seed=config.seed,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
-        ),
-        in_shardings=(layout.replicated, layout.batch),
-        out_shardings=(layout.replicated, None),
-        donate_argnums=0,
+            axis=layout.axis,
+            processes=layout.processes,
+        )
     )
-    predict_fn = jax.jit(predict_step(model, task), in_shardings=(layout.replicated, layout.batch))
+    predict_fn = layout.compile_predict(predict_step(model, task))
+    shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = train_batches(
-        dataset, batch_size=config.batch_size, seed=config.seed, start_step=start, workers=config.data.workers
+        dataset, batch_size=config.batch_size, seed=config.seed, start_step=start, workers=config.data.workers, **shard
     )
-    metrics_file = MetricsFile(workdir / "metrics.jsonl", start)
-    tensorboard = TensorBoard(workdir / "tensorboard", start)
-    progress = Progress(steps, start)
-
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        metrics_file.write(step, metrics)
-        tensorboard.write(step, metrics)
+    report = Report(workdir, steps, start) if is_main() else SilentReport()
 
     def evaluate_both(step: int) -> float:
         scores = {}
         for name, weights in (("eval", "params"), ("eval_ema", "ema")):
-            host_batches = evaluation_batches(dataset, batch_size=config.batch_size)
+            host_batches = evaluation_batches(dataset, batch_size=config.batch_size, **shard)
             result = evaluate(predict_fn, state[weights], host_batches, task, layout)
             scores[weights] = result[task.score]
-            write(step, {f"{name}/{key}": value for key, value in result.items()})
-            progress.say(f"step {step}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+            report.write(step, {f"{name}/{key}": value for key, value in result.items()})
+            report.say(f"step {step}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         return scores["ema"]
 
     try:
-        clock, since, step = time.perf_counter(), start, start
-        while step < steps and stop.signal is None:
+        clock, since, step, stopped_by = time.perf_counter(), start, start, stop.agreed()
+        while step < steps and stopped_by is None:
             state, device_metrics = step_fn(state, layout.put(next(batches)))
             step += 1
             # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
             # queued, which collectives of simulated devices need.
             metrics = {f"train/{name}": float(value) for name, value in jax.device_get(device_metrics).items()}
             _check_finite(step, metrics, workdir)
-            progress.advance()
+            report.advance()
             if step == start + 1:  # leave the compilation out of the rate
                 clock, since = time.perf_counter(), step
             elif step % config.log_every == 0 or step == steps:
                 rate = (step - since) * config.batch_size / (time.perf_counter() - clock)
                 metrics["train/images_per_second"] = rate
-                write(step, metrics)
-                progress.show(step, metrics)
+                report.write(step, metrics)
+                report.show(step, metrics)
                 clock, since = time.perf_counter(), step
             evaluated = step % config.evaluate_every == 0 or step == steps
             if evaluated:
@@ -156,19 +156,18 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
             if evaluated or step % config.save_every == 0:
                 checkpoints.save(step, state, score if evaluated else None)
                 clock, since = time.perf_counter(), step
-        if stop.signal is not None and step > start:
+            stopped_by = stop.agreed()
+        if stopped_by is not None and step > start:
             checkpoints.save(step, state)
         checkpoints.wait()
     finally:
         batches.close()
-        progress.close()
-        metrics_file.close()
-        tensorboard.close()
+        report.close()
         checkpoints.close()
-    if stop.signal is not None and step < steps:
-        name = signal.Signals(stop.signal).name
-        print(f"stopped by {name} after step {step} of {steps}; run the same command again to go on")
-        return stop.signal
+    if stopped_by is not None and step < steps:
+        name = signal.Signals(stopped_by).name
+        _say(f"stopped by {name} after step {step} of {steps}; run the same command again to go on")
+        return stopped_by
     return None
 
 
@@ -214,9 +213,15 @@ def _announce(
 ) -> None:
     device = jax.devices()[0]
     where = f"going on from step {start}" if start else "from the start"
-    print(
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    _say(
         f"Training {task.description.model['name']} ({parameters:,} parameters, {config.dtype}) on "
         f"{len(dataset.train):,} images of {len(dataset.class_names)} classes for {steps:,} steps of "
-        f"{config.batch_size}, {where}, on {jax.device_count()} x {device.device_kind}; everything goes to {workdir}.",
-        flush=True,
+        f"{config.batch_size}, {where}, on {jax.device_count()} x {device.device_kind}{hosts}; "
+        f"everything goes to {workdir}."
     )
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(line, flush=True)

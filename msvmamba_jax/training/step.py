@@ -40,11 +40,13 @@ def train_step(
     seed: int,
     ema_decay: float,
     accumulate: int,
+    axis: str | None = None,
+    processes: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """A function (state, batch) -> (state, metrics); to be jitted.
+    """A function (state, batch) -> (state, metrics); to be compiled.
 
-    Randomness is a function of the seed, the step and the example's place in the batch alone. With `accumulate` > 1 the
-    batch is worked through in that many parts; the update is the same as without, up to rounding.
+    Randomness is a function of the seed, the step and the example's place in the global batch alone. With `accumulate`
+    > 1 the batch is worked through in that many parts; the update is the same as without, up to rounding.
 
     Args:
         model: the model, abstract or not; only its structure is used.
@@ -54,6 +56,10 @@ def train_step(
         seed: of the random keys.
         ema_decay: decay of the averaged weights for each step.
         accumulate: parts of a batch.
+        axis: None where the function sees the whole batch; under `jax.pmap` its axis name: then every device sees its
+            rows, in the order of the devices, and gradients and metrics are averaged over them.
+        processes: how many processes the batch comes from. Process p gives the examples p, p + processes, ...
+            (`train_batches`), and its rows follow those of process p - 1.
     """
 
     def gradient(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
@@ -74,15 +80,27 @@ def train_step(
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
 
+    def mirror(x: jax.Array) -> jax.Array:
+        x = jnp.flip(x, axis=0)
+        if axis is None:
+            return x
+        devices = jax.lax.axis_size(axis)  # device d's rows, reversed, are the partners of those of device n - 1 - d
+        return jax.lax.ppermute(x, axis, [(d, devices - 1 - d) for d in range(devices)])
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params = state["params"]
         step_key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        size = jax.tree.leaves(dict(batch))[0].shape[0]
+        local = jax.tree.leaves(dict(batch))[0].shape[0]
+        size = local if axis is None else local * jax.lax.axis_size(axis)
+        rows = jnp.arange(local) + (0 if axis is None else local * jax.lax.axis_index(axis))
         per_example = jax.vmap(jax.random.fold_in, (None, 0))
-        keys = per_example(step_key, jnp.arange(size))
+        examples = rows % (size // processes) * processes + rows // (size // processes)
+        keys = per_example(step_key, examples)
         batch_key = jax.random.fold_in(step_key, size)  # the first index that no example has
-        batch = task.prepare(batch, per_example(batch_key, jnp.arange(size)), batch_key, lambda x: jnp.flip(x, axis=0))
+        batch = task.prepare(batch, per_example(batch_key, examples), batch_key, mirror)
         gradients, metrics = (accumulated if accumulate > 1 else gradient)(params, batch, keys)
+        if axis is not None:  # all devices hold the same number of rows, so the mean of their means is the batch's
+            gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
         updates, opt = optimizer.update(gradients, state["opt"], params)
         params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, state["ema"], params)
