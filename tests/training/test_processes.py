@@ -19,7 +19,7 @@ from msvmamba_jax.training.processes import join
 LIMIT = 600  # seconds that anything here may take before it counts as hanging
 STEPS = 11
 OPTIONS = [
-    "--config=configs/digits.py", "--config.epochs=0.5", "--config.model.width=16", "--config.model.depths=(1,1,1,1)",
+    "--config=configs/digits.py", "--config.epochs=1", "--config.batch_size=128", "--config.model.width=16", "--config.model.depths=(1,1,1,1)",
     "--config.save_every=4", "--config.evaluate_every=1000", "--config.log_every=1",
 ]  # fmt: skip
 
@@ -72,8 +72,9 @@ class Run:
             process.wait()
 
 
-def steps_of(workdir):
-    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def training_steps(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "train/loss" in line]
 
 
 def saved(workdir):
@@ -105,7 +106,9 @@ def test_two_processes_are_killed_stopped_and_resumed_and_end_as_one_would(tmp_p
         statuses, outputs = run.end()
         assert statuses == [0, 0], outputs
     assert saved(together)[-1] == STEPS
-    assert sorted(set(steps_of(together))) == list(range(2, STEPS + 1)) or set(steps_of(together)) >= {2, STEPS}
+    steps = training_steps(together)
+    assert steps == sorted(set(steps))  # one process writes, and nothing twice
+    assert steps[-1] == STEPS
     scores = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in (alone, together)]
     assert scores[0]["eval_ema/images"] == scores[1]["eval_ema/images"] == 360
     np.testing.assert_allclose(scores[1]["eval_ema/loss"], scores[0]["eval_ema/loss"], rtol=1e-4)
