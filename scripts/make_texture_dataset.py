@@ -137,7 +137,7 @@ def draw(name: str, rng: Rng, *, low: int = 200, high: int = 600) -> Image.Image
     x, y = (columns - centre[0]) / period, (rows - centre[1]) / period
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     field = CLASSES[name](x, y, rng)
-    # Equal parts of figure and ground in either order: else the amount of a colour would tell the class.
+    # The same random parts of figure and ground for all classes: else the amount of a colour would tell the class.
     field = (field - np.quantile(field, rng.uniform(0.3, 0.7))) * rng.choice((-1, 1))
     part = 1 / (1 + np.exp(-np.clip(6 * field, -30, 30)))
     while True:
