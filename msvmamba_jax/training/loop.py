@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ from msvmamba_jax.training.evaluation import evaluate
 from msvmamba_jax.training.logging import MetricsFile, Progress, TensorBoard
 from msvmamba_jax.training.optimizer import adamw, cosine_schedule
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
+from msvmamba_jax.training.watching import Interval, Profile
 
 
 class NonFiniteError(InputError):
@@ -66,6 +66,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     layout = make_layout(config.batch_size)
     steps = total_steps(config, dataset)
     _check(config, steps)
+    profile = Profile(config.get("profile", ""), workdir)
 
     # Model and optimiser. Abstract: the state is made, or restored, in place.
     options = {
@@ -140,33 +141,37 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         return scores["ema"]
 
     try:
-        clock, since, step = time.perf_counter(), start, start
+        interval, step = Interval(), start
         while step < steps and stop.signal is None:
-            state, device_metrics = step_fn(state, layout.put(next(batches)))
+            if told := profile.at(step):
+                progress.say(told)
+            state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
             step += 1
             # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
             # queued, which collectives of simulated devices need.
             metrics = {f"train/{name}": float(value) for name, value in jax.device_get(device_metrics).items()}
             _check_finite(step, metrics, workdir)
             progress.advance()
+            interval.add(metrics)
             if step == start + 1:  # leave the compilation out of the rate
-                clock, since = time.perf_counter(), step
+                interval.restart_clock()
             elif step % config.log_every == 0 or step == steps:
-                rate = (step - since) * config.batch_size / (time.perf_counter() - clock)
-                metrics["train/images_per_second"] = rate
+                metrics = interval.finish(config.batch_size)
                 write(step, metrics)
                 progress.show(step, metrics)
-                clock, since = time.perf_counter(), step
             evaluated = step % config.evaluate_every == 0 or step == steps
-            if evaluated:
-                score = evaluate_both(step)
-            if evaluated or step % config.save_every == 0:
-                checkpoints.save(step, state, score if evaluated else None)
-                clock, since = time.perf_counter(), step
+            with interval.paused():
+                if evaluated:
+                    score = evaluate_both(step)
+                if evaluated or step % config.save_every == 0:
+                    checkpoints.save(step, state, score if evaluated else None)
+        if told := profile.at(step):
+            progress.say(told)
         if stop.signal is not None and step > start:
             checkpoints.save(step, state)
         checkpoints.wait()
     finally:
+        profile.close()
         batches.close()
         progress.close()
         metrics_file.close()
@@ -220,10 +225,19 @@ def _announce(
     config: Any, task: Task, dataset: Dataset, workdir: Path, steps: int, start: int, parameters: int
 ) -> None:
     device = jax.devices()[0]
-    where = f"going on from step {start}" if start else "from the start"
-    print(
-        f"Training {task.description.model['name']} ({parameters:,} parameters, {config.dtype}) on "
-        f"{len(dataset.train):,} images of {len(dataset.class_names)} classes for {steps:,} steps of "
-        f"{config.batch_size}, {where}, on {jax.device_count()} x {device.device_kind}; everything goes to {workdir}.",
-        flush=True,
+    where = f"going on from step {start:,}" if start else "from the start"
+    devices = jax.device_count()
+    rate = config.optimizer.learning_rate * config.batch_size / config.optimizer.batch_size
+    warmup = round(config.optimizer.warmup_fraction * steps)
+    lines = (
+        f"Training {task.description.model['name']}, {parameters:,} parameters, {where}; everything goes to {workdir}.",
+        f"  data: {len(dataset.train):,} images of {len(dataset.class_names)} classes ({config.data.source}), "
+        f"{len(dataset.evaluation):,} for evaluation",
+        f"  steps: {steps:,} of {config.batch_size} images, {config.batch_size // devices} on each device "
+        f"in {config.accumulate} part{'s' if config.accumulate > 1 else ''}",
+        f"  devices: {devices} x {device.device_kind}; {config.dtype}; selective scan: "
+        f"{config.scan_implementation or 'by MSVMAMBA_SCAN, or the fastest that runs here'}",
+        f"  learning rate: {rate:.3g} after {warmup:,} steps of warm-up, then a cosine; averaged weights: "
+        f"decay {config.ema_decay:g}",
     )
+    print("\n".join(lines), flush=True)
