@@ -51,5 +51,6 @@ def get_config() -> ConfigDict:
             "log_every": 20,  # steps
             "evaluate_every": 88,
             "save_every": 88,
+            "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

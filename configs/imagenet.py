@@ -57,5 +57,6 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
             "log_every": 100,  # steps
             "evaluate_every": 5 * _EPOCH,
             "save_every": _EPOCH,
+            "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -75,12 +75,12 @@ class Augmentation:
         top, left, height, width = random_crop(image.shape[0], image.shape[1], rng, scale=self.scale, ratio=self.ratio)
         # Cut first, as torchvision does: a filter that saw beyond the crop's border would give other pixels there.
         crop = Image.fromarray(image[top : top + height, left : left + width])
-        image = np.array(crop.resize((self.size, self.size), INTERPOLATIONS[self.interpolation]))
+        crop = crop.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
         if rng.random() < self.flip:
-            image = np.ascontiguousarray(image[:, ::-1])
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self._policy is not None:
-            image = self._policy(image, rng)
-        return {**record, "image": image}
+            crop = self._policy.apply(crop, rng)
+        return {**record, "image": np.array(crop)}
 
 
 def random_crop(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from msvmamba_jax.errors import InputError
 
@@ -163,7 +163,9 @@ def _known_formats() -> list[str]:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     try:
-        return ImageOps.exif_transpose(image)
+        # Pillow's function copies an image that needs no turning.
+        needed = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if needed else image
     except Exception:  # Damaged EXIF data, frequent in photographs from the web, do not make the pixels unreadable.
         return image
 
@@ -178,7 +180,7 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:

@@ -123,8 +123,14 @@ class RandAugment:
         Returns:
             uint8 array of the same shape; `image` itself where no operation is applied.
         """
+        picture = Image.fromarray(image)
+        result = self.apply(picture, rng)
+        return image if result is picture else np.array(result)
+
+    def apply(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """As calling the policy, but from one RGB image of Pillow's to another."""
         for name, magnitude, sign in self.draw(rng):
-            image = apply_operation(image, name, magnitude, sign=sign, interpolation=self.interpolation, fill=self.fill)
+            image = _apply(image, name, magnitude, sign, self.interpolation, self.fill)
         return image
 
 
@@ -151,11 +157,7 @@ def apply_operation(
     Returns:
         uint8 array of the same shape.
     """
-    level, operation = OPERATIONS[name]
-    result = operation(
-        Image.fromarray(image), level(magnitude / MAX_MAGNITUDE, sign), INTERPOLATIONS[interpolation], fill
-    )
-    return np.array(result)
+    return np.array(_apply(Image.fromarray(image), name, magnitude, sign, interpolation, fill))
 
 
 def operation_argument(name: str, magnitude: float, *, sign: int = 1) -> float | None:
@@ -167,6 +169,11 @@ def operation_argument(name: str, magnitude: float, *, sign: int = 1) -> float |
         sign: 1 or -1.
     """
     return OPERATIONS[name][0](magnitude / MAX_MAGNITUDE, sign)
+
+
+def _apply(image: Image.Image, name: str, magnitude: float, sign: int, interpolation: str, fill: Colour) -> Image.Image:
+    level, operation = OPERATIONS[name]
+    return operation(image, level(magnitude / MAX_MAGNITUDE, sign), INTERPOLATIONS[interpolation], fill)
 
 
 # Levels: from the strength, 0..1, and the sign to an operation's argument.

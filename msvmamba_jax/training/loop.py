@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -28,6 +27,7 @@ from msvmamba_jax.training.optimizer import adamw, schedule_of
 from msvmamba_jax.training.parallelism import make_layout
 from msvmamba_jax.training.processes import is_main, largest
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
+from msvmamba_jax.training.watching import Interval, Profile
 
 
 class NonFiniteError(InputError):
@@ -71,6 +71,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=config.batch_size)
     steps = total_steps(config, dataset)
     _check(config, steps)
+    profile = Profile(config.profile, workdir)
 
     # Model and optimiser. Abstract: the state is made, or restored, in place.
     options = {
@@ -133,34 +134,38 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         return scores["ema"]
 
     try:
-        clock, since, step, stopped_by = time.perf_counter(), start, start, stop.agreed()
+        interval, step, stopped_by = Interval(), start, stop.agreed()
         while step < steps and stopped_by is None:
-            state, device_metrics = step_fn(state, layout.put(next(batches)))
+            if told := profile.at(step):
+                report.say(told)
+            state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
             step += 1
             # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
             # queued, which collectives of simulated devices need.
             metrics = {f"train/{name}": float(value) for name, value in jax.device_get(device_metrics).items()}
             _check_finite(step, metrics, workdir)
             report.advance()
+            interval.add(metrics)
             if step == start + 1:  # leave the compilation out of the rate
-                clock, since = time.perf_counter(), step
+                interval.restart_clock()
             elif step % config.log_every == 0 or step == steps:
-                rate = (step - since) * config.batch_size / (time.perf_counter() - clock)
-                metrics["train/images_per_second"] = rate
+                metrics = interval.finish(config.batch_size)
                 report.write(step, metrics)
                 report.show(step, metrics)
-                clock, since = time.perf_counter(), step
             evaluated = step % config.evaluate_every == 0 or step == steps
-            if evaluated:
-                score = evaluate_both(step)
-            if evaluated or step % config.save_every == 0:
-                checkpoints.save(step, state, score if evaluated else None)
-                clock, since = time.perf_counter(), step
+            with interval.paused():
+                if evaluated:
+                    score = evaluate_both(step)
+                if evaluated or step % config.save_every == 0:
+                    checkpoints.save(step, state, score if evaluated else None)
             stopped_by = stop.agreed()
+        if told := profile.at(step):
+            report.say(told)
         if stopped_by is not None and step > start:
             checkpoints.save(step, state)
         checkpoints.wait()
     finally:
+        profile.close()
         batches.close()
         report.close()
         checkpoints.close()
@@ -212,14 +217,24 @@ def _announce(
     config: Any, task: Task, dataset: Dataset, workdir: Path, steps: int, start: int, parameters: int
 ) -> None:
     device = jax.devices()[0]
-    where = f"going on from step {start}" if start else "from the start"
-    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    _say(
-        f"Training {task.description.model['name']} ({parameters:,} parameters, {config.dtype}) on "
-        f"{len(dataset.train):,} images of {len(dataset.class_names)} classes for {steps:,} steps of "
-        f"{config.batch_size}, {where}, on {jax.device_count()} x {device.device_kind}{hosts}; "
-        f"everything goes to {workdir}."
+    where = f"going on from step {start:,}" if start else "from the start"
+    devices = jax.device_count()
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    rate = config.optimizer.learning_rate * config.batch_size / config.optimizer.batch_size
+    warmup = round(config.optimizer.warmup_fraction * steps)
+    layout = f"fsdp {config.fsdp}" if config.fsdp > 1 else "state on every device"
+    lines = (
+        f"Training {task.description.model['name']}, {parameters:,} parameters, {where}; everything goes to {workdir}.",
+        f"  data: {len(dataset.train):,} images of {len(dataset.class_names)} classes ({config.data.source}), "
+        f"{len(dataset.evaluation):,} for evaluation",
+        f"  steps: {steps:,} of {config.batch_size} images, {config.batch_size // devices} on each device "
+        f"in {config.accumulate} part{'s' if config.accumulate > 1 else ''}",
+        f"  devices: {devices} x {device.device_kind}{processes} ({config.parallelism}, {layout}); {config.dtype}; "
+        f"selective scan: {config.scan_implementation or 'by MSVMAMBA_SCAN, or the fastest that runs here'}",
+        f"  learning rate: {rate:.3g} after {warmup:,} steps of warm-up, then a cosine; averaged weights: "
+        f"decay {config.ema_decay:g}",
     )
+    _say("\n".join(lines))
 
 
 def _say(line: str) -> None:

@@ -107,7 +107,9 @@ def test_outputs(uninterrupted):
     lines = metrics(uninterrupted)
     train = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in train] == list(range(2, STEPS + 1))  # the first one holds the compilation
-    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second"} <= train[0].keys()
+    for name in ("loss", "learning_rate", "gradient_norm", "images_per_second", "memory_gib"):
+        assert train[0][f"train/{name}"] > 0
+    assert all(0 <= line["train/waiting_share"] <= 1 for line in train)
     for name in ("eval", "eval_ema"):
         evaluations = [line for line in lines if f"{name}/accuracy_top1" in line]
         assert [line["step"] for line in evaluations] == [4, 8, 12]
@@ -206,6 +208,7 @@ def test_full_disk_is_reported(run, tmp_path):
         ({"optimizer.warmup_fraction": 1.0}, "warmup_steps"),
         ({"scan_implementation": "quantum"}, "no scan implementation 'quantum'"),
         ({"dtype": "int8"}, "dtype"),
+        ({"profile": "20"}, "config.profile must be START:STOP"),
     ],
 )
 def test_impossible_options(run, tmp_path, options, message):

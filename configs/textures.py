@@ -1,0 +1,60 @@
+"""Textures: a slim msvmamba_nano from scratch on made-up images of the kind of ImageNet, with its augmentation.
+
+    python scripts/make_texture_dataset.py datasets/textures
+    python -m msvmamba_jax.train --config configs/textures.py --workdir runs/textures
+
+Twelve classes that colour does not tell apart, 3,600 training and 600 evaluation images, seen at 64 x 64 pixels. The
+whole way of an ImageNet run in small: JPEG files, random crops, flips, RandAugment, averaged weights. Where the images
+lie elsewhere: --config.data.root=FOLDER.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The configuration; every value can be overridden on the command line."""
+    return ConfigDict(
+        {
+            "task": "classification",
+            "seed": 0,
+            "data": {
+                "source": "folder",
+                "root": "datasets/textures",
+                "size": 64,  # side of the network's input, pixels
+                "resize": 73,  # of the short side before the crop in evaluation, as 256 is to 224
+                "workers": 0,  # processes that load and augment; 0: threads of the training process
+            },
+            # name: a variant; the other keys replace the variant's own values
+            "model": {"name": "msvmamba_nano", "width": 32, "depths": (1, 1, 3, 1), "drop_path": 0.05},
+            "dtype": "float32",  # of the computation; "bfloat16" on GPUs
+            "remat": False,  # recompute blocks in the backward pass to save memory
+            "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here
+            "batch_size": 64,  # over all devices
+            "parallelism": "jit",  # or "pmap": the state replicated on every device
+            "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
+            "accumulate": 1,  # parts in which a batch is worked through, to save memory
+            "epochs": 20,
+            "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
+                "learning_rate": 2e-3,
+                "warmup_start": 1e-5,
+                "minimum": 1e-5,
+                "batch_size": 64,
+                "warmup_fraction": 0.1,  # of all steps
+                "weight_decay": 0.05,
+                "clip_norm": 5.0,
+            },
+            "label_smoothing": 0.1,
+            "erase_probability": 0.25,  # of random erasing, for each image
+            "mix": {  # mixup and CutMix: alpha of the weight's Beta distribution, 0: none
+                "mixup": 0.2,
+                "cutmix": 1.0,
+                "switch_probability": 0.5,  # of CutMix where both are on
+                "probability": 0.5,  # that a batch is mixed
+            },
+            "ema_decay": 0.99,  # of the averaged weights, for each step
+            "log_every": 20,  # steps
+            "evaluate_every": 112,  # two epochs
+            "save_every": 112,
+            "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
+        }
+    )
