@@ -143,8 +143,9 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     try:
         interval, step = Interval(), start
         while step < steps and stop.signal is None:
-            if told := profile.at(step):
-                progress.say(told)
+            with interval.paused():  # writing a trace takes seconds
+                if told := profile.at(step):
+                    progress.say(told)
             state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
             step += 1
             # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
