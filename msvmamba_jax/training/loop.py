@@ -136,8 +136,9 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     try:
         interval, step, stopped_by = Interval(), start, stop.agreed()
         while step < steps and stopped_by is None:
-            if told := profile.at(step):
-                report.say(told)
+            with interval.paused():  # writing a trace takes seconds
+                if told := profile.at(step):
+                    report.say(told)
             state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
             step += 1
             # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
