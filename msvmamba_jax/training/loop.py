@@ -26,6 +26,7 @@ from msvmamba_jax.training.devices import make_layout
 from msvmamba_jax.training.evaluation import evaluate
 from msvmamba_jax.training.logging import MetricsFile, Progress, TensorBoard
 from msvmamba_jax.training.optimizer import adamw, schedule_of
+from msvmamba_jax.training.pretrained import with_pretrained
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
 
 
@@ -75,7 +76,13 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     }
     model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
     schedule = schedule_of(config, steps)
-    optimizer = adamw(schedule, weight_decay=config.optimizer.weight_decay, clip_norm=config.optimizer.clip_norm)
+    optimizer = adamw(
+        schedule,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+        layer_decay=config.optimizer.layer_decay,
+        freeze_backbone=config.freeze_backbone,
+    )
 
     def init() -> dict[str, Any]:
         return initial_state(task.description.build(rngs=nnx.Rngs(config.seed), **options), optimizer)
@@ -86,6 +93,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     start = checkpoints.latest_step()
     if start is None:
         state = jax.jit(init, out_shardings=layout.replicated)()
+        state = with_pretrained(state, config, task.description, workdir)
         start = 0
     else:
         state = checkpoints.restore(abstract(jax.eval_shape(init), layout.replicated))
@@ -105,6 +113,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
             seed=config.seed,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
+            freeze_backbone=config.freeze_backbone,
         ),
         in_shardings=(layout.replicated, layout.batch),
         out_shardings=(layout.replicated, None),

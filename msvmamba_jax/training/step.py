@@ -40,6 +40,7 @@ def train_step(
     seed: int,
     ema_decay: float,
     accumulate: int,
+    freeze_backbone: bool = False,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """A function (state, batch) -> (state, metrics); to be jitted.
 
@@ -54,10 +55,13 @@ def train_step(
         seed: of the random keys.
         ema_decay: decay of the averaged weights for each step.
         accumulate: parts of a batch.
+        freeze_backbone: leave out the backward pass through `backbone`: its gradient is zero.
     """
 
     def gradient(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
         def loss(params: Tree) -> tuple[jax.Array, Metrics]:
+            if freeze_backbone:
+                params = {**params, "backbone": jax.lax.stop_gradient(params["backbone"])}
             value, metrics = task.loss(bind(model, params), batch, keys)
             return value, {"loss": value, **metrics}
 
@@ -85,7 +89,8 @@ def train_step(
         gradients, metrics = (accumulated if accumulate > 1 else gradient)(params, batch, keys)
         updates, opt = optimizer.update(gradients, state["opt"], params)
         params = optax.apply_updates(params, updates)
-        ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, state["ema"], params)
+        # In this form the average of what does not change does not change either, to the last bit.
+        ema = jax.tree.map(lambda old, new: old + (1.0 - ema_decay) * (new - old), state["ema"], params)
         metrics = {
             **metrics,
             "gradient_norm": optax.tree.norm(gradients),
