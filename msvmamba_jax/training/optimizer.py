@@ -106,7 +106,7 @@ def adamw(
         weight_decay: times the learning rate, is taken off the parameters of `decay_mask`.
         clip_norm: in L2, over all parameters that are trained.
         layer_decay: the update of a layer, weight decay included, is this times that of the next one (arXiv:2106.08254,
-            section 3.2); see `layers`. The options of 1 and no frozen backbone leave the plain optimiser's state.
+            section 3.2); see `layers`. 1: all alike, and the optimiser's state is that of plain AdamW.
         freeze_backbone: parameters in `backbone` stay as they are and the state holds nothing of them.
 
     Raises:

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 
 from msvmamba_jax import InputError
 from msvmamba_jax.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from msvmamba_jax.convert.names import to_original
 from msvmamba_jax.data.pipeline import load_dataset
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, flatten, get_parameters
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, flatten, get_parameters, unflatten
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.loop import train
 from msvmamba_jax.training.optimizer import adamw, decay_mask, layers
@@ -84,6 +83,10 @@ def shapes(classes=10):
     return dict(flatten(get_parameters(abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS)))))
 
 
+def zeros(classes):
+    return unflatten({name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes(classes).items()})
+
+
 def description(names=NAMES, **model):
     config = configuration()
     config.model = {**TINY, **model}
@@ -106,8 +109,8 @@ def backbone(leaves):
 @pytest.fixture(scope="module")
 def released(parity, tmp_path_factory):
     """A file as PyTorch writes it, of the tiny model with ten classes, and its weights under our names."""
-    zeros = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in shapes().items()}
-    state = parity.weights.state_dict({k: v.shape for k, v in to_original(zeros, "multi_scale").items()})
+    theirs = to_original(dict(flatten(zeros(10))), "multi_scale")
+    state = parity.weights.state_dict({name: tensor.shape for name, tensor in theirs.items()})
     path = tmp_path_factory.mktemp("released") / "net.pth"
     torch_writer.write(path, {"model": state})
     return path
@@ -219,8 +222,7 @@ def test_no_moments_of_a_frozen_backbone(frozen):
     ],
 )
 def test_the_head_is_loaded_where_the_classes_agree(tmp_path, theirs, head):
-    tree = description(theirs).build(rngs=nnx.Rngs(0))
-    save_checkpoint(tmp_path / "checkpoint", description(theirs), get_parameters(tree))
+    save_checkpoint(tmp_path / "checkpoint", description(theirs), zeros(len(theirs)))
     found = read_pretrained(tmp_path / "checkpoint", description(), shapes())
     assert found.weights == "raw"
     assert ("head.kernel" in found.leaves) == ("head.bias" in found.leaves) == found.classes_agree == head
@@ -251,7 +253,7 @@ def test_another_name_of_the_same_sizes(released):
 
 
 def test_a_checkpoint_that_lacks_a_parameter(tmp_path):
-    tree = get_parameters(description().build(rngs=nnx.Rngs(0)))
+    tree = zeros(10)
     del tree["backbone"]["stages"]["2"]["blocks"]["0"]["norm"]["bias"]
     save_checkpoint(tmp_path / "checkpoint", description(), tree)
     with pytest.raises(
