@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # of the computation; "bfloat16" on GPUs
             "remat": False,  # recompute blocks in the backward pass to save memory
             "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here
+            "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
+            "freeze_backbone": False,  # train the head alone
             "batch_size": 64,  # over all devices
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
@@ -41,6 +43,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 64,
                 "warmup_fraction": 0.1,  # of all steps
                 "weight_decay": 0.05,
+                "layer_decay": 1.0,  # rate of each layer over that of the next; 1: the same for all
                 "clip_norm": 5.0,
             },
             "label_smoothing": 0.1,

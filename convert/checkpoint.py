@@ -13,7 +13,7 @@ import numpy as np
 from msvmamba_jax.checkpoint import Description, Weights, check_output, save_checkpoint
 from msvmamba_jax.convert.names import current_name, to_original, to_ours
 from msvmamba_jax.convert.torch_file import StateFile, read_state_file
-from msvmamba_jax.data.labels import imagenet_class_names
+from msvmamba_jax.data.labels import imagenet_class_names, placeholder_class_names
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import STAGES
@@ -167,4 +167,4 @@ def _original(expected: Tree, mixer: str) -> dict[str, np.ndarray]:
 
 
 def _class_names(count: int) -> tuple[str, ...]:
-    return imagenet_class_names() if count == 1000 else tuple(f"class {index}" for index in range(count))
+    return imagenet_class_names() if count == 1000 else placeholder_class_names(count)

@@ -26,6 +26,11 @@ def imagenet_class_names() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
+def placeholder_class_names(count: int) -> tuple[str, ...]:
+    """What `count` classes are called where their names are not known: "class 0", "class 1", ..."""
+    return tuple(f"class {index}" for index in range(count))
+
+
 def readable_class_names(names: Sequence[str]) -> tuple[str, ...]:
     """English names in place of ImageNet-1k's WordNet identifiers; every other list of names stays as it is.
 

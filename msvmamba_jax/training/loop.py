@@ -25,6 +25,7 @@ from msvmamba_jax.training.evaluation import evaluate
 from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, schedule_of
 from msvmamba_jax.training.parallelism import make_layout
+from msvmamba_jax.training.pretrained import with_pretrained
 from msvmamba_jax.training.processes import is_main, largest
 from msvmamba_jax.training.step import initial_state, predict_step, train_step
 from msvmamba_jax.training.watching import Interval, Profile
@@ -81,7 +82,13 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     }
     model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
     schedule = schedule_of(config, steps)
-    optimizer = adamw(schedule, weight_decay=config.optimizer.weight_decay, clip_norm=config.optimizer.clip_norm)
+    optimizer = adamw(
+        schedule,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+        layer_decay=config.optimizer.layer_decay,
+        freeze_backbone=config.freeze_backbone,
+    )
 
     def init() -> dict[str, Any]:
         return initial_state(task.description.build(rngs=nnx.Rngs(config.seed), **options), optimizer)
@@ -91,7 +98,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     checkpoints = RunCheckpoints(workdir, task.description)
     start = checkpoints.latest_step()
     if start is None:
-        state = layout.create(init)
+        state = with_pretrained(layout.create(init), config, task.description, workdir)
         start = 0
     else:
         state = checkpoints.restore(layout.abstract(init))
@@ -112,6 +119,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
             seed=config.seed,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
+            freeze_backbone=config.freeze_backbone,
             axis=layout.axis,
             processes=layout.processes,
         )

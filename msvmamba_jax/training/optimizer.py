@@ -1,4 +1,7 @@
-"""The original's optimiser: AdamW with clipping, linear warm-up and cosine decay, and its weight-decay groups."""
+"""The original's optimiser: AdamW with clipping, linear warm-up and cosine decay, and its weight-decay groups.
+
+For fine-tuning, rates that differ by layer, and a backbone that is not trained.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,76 @@ def decay_mask(parameters: Tree) -> Tree:
     return unflatten({name: jnp.ndim(leaf) > 1 or name.endswith("delta_bias") for name, leaf in flatten(parameters)})
 
 
-def adamw(schedule: optax.Schedule, *, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999) after clipping the global norm of the gradient to `clip_norm` (0: no clipping)."""
+def layers(parameters: Tree) -> Tree:
+    """The layer of each parameter, counted from the images: a tree of integers.
+
+    Layer 0 is the patch embedding; each block is a layer, with the downsampling before it where there is one; the last
+    layer is the head: all that is outside of `backbone`.
+    """
+    stages = parameters["backbone"]["stages"]
+    depths = [len(stages[str(stage)]["blocks"]) for stage in range(len(stages))]
+    first = [1 + sum(depths[:stage]) for stage in range(len(depths))]
+
+    def layer(name: str) -> int:
+        match name.split("."):
+            case ["backbone", "patch_embedding", *_]:
+                return 0
+            case ["backbone", "downsamplings", index, *_]:
+                return first[int(index) + 1]
+            case ["backbone", "stages", stage, "blocks", block, *_]:
+                return first[int(stage)] + int(block)
+        return 1 + sum(depths)
+
+    return unflatten({name: layer(name) for name, _ in flatten(parameters)})
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    clip_norm: float,
+    layer_decay: float = 1.0,
+    freeze_backbone: bool = False,
+) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999) after clipping the global norm of the gradient to `clip_norm` (0: no clipping).
+
+    Args:
+        schedule: the learning rate, of the head where `layer_decay` is not 1.
+        weight_decay: times the learning rate, is taken off the parameters of `decay_mask`.
+        clip_norm: in L2, over all parameters that are trained.
+        layer_decay: the update of a layer, weight decay included, is this times that of the next one (arXiv:2106.08254,
+            section 3.2); see `layers`. 1: all alike, and the optimiser's state is that of plain AdamW.
+        freeze_backbone: parameters in `backbone` stay as they are and the state holds nothing of them.
+
+    Raises:
+        InputError: `layer_decay` is not in (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise InputError(f"config.optimizer.layer_decay must be above 0 and at most 1; got {layer_decay}")
     clip: list[Any] = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return optax.chain(*clip, optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask))
+    rule = optax.chain(*clip, optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask))
+    if freeze_backbone:  # all that is trained is the head, whose rate is the schedule's
+        return _without_backbone(rule)
+    return rule if layer_decay == 1 else optax.chain(rule, _scale_by_layer(layer_decay))
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+    def scale(updates: Any, params: Any = None) -> Any:
+        of = layers(updates)
+        last = max(jax.tree.leaves(of))
+        return jax.tree.map(lambda update, layer: update * decay ** (last - layer), updates, of)
+
+    return optax.stateless(scale)
+
+
+def _without_backbone(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` for what is outside of `backbone`, and updates of zero for the rest."""
+
+    def rest(tree: Any) -> Tree:
+        return {name: value for name, value in tree.items() if name != "backbone"}
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        trained, state = rule.update(rest(updates), state, rest(params))
+        return {**trained, "backbone": jax.tree.map(jnp.zeros_like, updates["backbone"])}, state
+
+    return optax.GradientTransformation(lambda params: rule.init(rest(params)), update)

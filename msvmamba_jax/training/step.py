@@ -40,6 +40,7 @@ def train_step(
     seed: int,
     ema_decay: float,
     accumulate: int,
+    freeze_backbone: bool = False,
     axis: str | None = None,
     processes: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -56,6 +57,7 @@ def train_step(
         seed: of the random keys.
         ema_decay: decay of the averaged weights for each step.
         accumulate: parts of a batch.
+        freeze_backbone: leave out the backward pass through `backbone`: its gradient is zero.
         axis: None where the function sees the whole batch; under `jax.pmap` its axis name: then every device sees its
             rows, in the order of the devices, and gradients and metrics are averaged over them.
         processes: how many processes the batch comes from. Process p gives the examples p, p + processes, ...
@@ -64,6 +66,8 @@ def train_step(
 
     def gradient(params: Tree, batch: Batch, keys: jax.Array) -> tuple[Tree, Metrics]:
         def loss(params: Tree) -> tuple[jax.Array, Metrics]:
+            if freeze_backbone:
+                params = {**params, "backbone": jax.lax.stop_gradient(params["backbone"])}
             value, metrics = task.loss(bind(model, params), batch, keys)
             return value, {"loss": value, **metrics}
 
@@ -103,7 +107,8 @@ def train_step(
             gradients, metrics = jax.lax.pmean((gradients, metrics), axis)
         updates, opt = optimizer.update(gradients, state["opt"], params)
         params = optax.apply_updates(params, updates)
-        ema = jax.tree.map(lambda old, new: ema_decay * old + (1.0 - ema_decay) * new, state["ema"], params)
+        # In this form the average of what does not change does not change either, to the last bit.
+        ema = jax.tree.map(lambda old, new: old + (1.0 - ema_decay) * (new - old), state["ema"], params)
         metrics = {
             **metrics,
             "gradient_norm": optax.tree.norm(gradients),

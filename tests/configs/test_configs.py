@@ -35,7 +35,7 @@ def dataset(images=1_281_167):
 
 
 def test_all_are_there():
-    assert sorted(["digits", *IMAGENET]) == ALL
+    assert sorted(["digits", "finetune", *IMAGENET]) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,0 +1,169 @@
+"""Fine-tuning: a new run that starts from the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from msvmamba_jax.checkpoint import Description, Weights, available_weights, find_checkpoint, load_checkpoint
+from msvmamba_jax.command import write_json
+from msvmamba_jax.convert.checkpoint import convert_file
+from msvmamba_jax.data.labels import placeholder_class_names
+from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.backbone import BackboneConfig
+from msvmamba_jax.models.parameters import check_fit, count, flatten, unflatten
+from msvmamba_jax.models.variants import backbone_config
+from msvmamba_jax.training.processes import is_main
+from msvmamba_jax.training.step import State
+
+_SIZES = ("mixer", "width", "depths", "states")  # of the options of a backbone, those that its parameters depend on
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a checkpoint has for a model.
+
+    Attributes:
+        path: the checkpoint folder or the released file.
+        source: where the checkpoint's own weights come from, see `Description`.
+        weights: which of its weights are taken.
+        leaves: the parameters that fit, by dotted name.
+        unused: the names of those that do not.
+        classes_agree: whether its classes are the model's, so that the head could be taken as well.
+    """
+
+    path: Path
+    source: Mapping[str, str]
+    weights: Weights
+    leaves: Mapping[str, np.ndarray]
+    unused: tuple[str, ...]
+    classes_agree: bool
+
+
+def with_pretrained(state: State, config: Any, description: Description, workdir: Path) -> State:
+    """The state of a new run with the weights of `config.pretrained`, in `params` and in `ema`.
+
+    Prints one line that says how many parameters come from the checkpoint; `pretrained.json` in `workdir` lists them.
+    Everything stays on its devices as it was sharded. Without `config.pretrained` the state is returned as it is.
+
+    Args:
+        state: see `initial_state`.
+        config: `pretrained` and the options that need it.
+        description: the run's model and classes.
+        workdir: the run's folder.
+
+    Raises:
+        InputError: see `read_pretrained`; or an option needs a checkpoint and none is given.
+    """
+    if not config.pretrained:
+        if config.freeze_backbone or config.optimizer.layer_decay != 1:
+            option = "freeze_backbone" if config.freeze_backbone else "optimizer.layer_decay"
+            raise InputError(
+                f"config.{option} is for a backbone that has been trained already: give it as "
+                f"--config.pretrained=CHECKPOINT, or set --config.{option}={'false' if config.freeze_backbone else 1.0}"
+            )
+        return state
+    shapes = dict(flatten(state["params"]))
+    found = read_pretrained(Path(config.pretrained).expanduser(), description, shapes)
+    new = tuple(name for name in shapes if name not in found.leaves)
+    if is_main():
+        _report(found, {name: shapes[name] for name in new}, workdir)
+    filled = {
+        tree: {
+            name: jax.device_put(found.leaves[name], old.sharding) if name in found.leaves else old
+            for name, old in flatten(state[tree])
+        }
+        for tree in ("params", "ema")
+    }
+    return {**state, **{tree: unflatten(leaves) for tree, leaves in filled.items()}}
+
+
+def read_pretrained(path: Path, description: Description, shapes: Mapping[str, Any]) -> Pretrained:
+    """Reads what fits a model: the whole backbone, and of the rest what has the same name and shape.
+
+    The classifier's last layer, `head`, is left out where the checkpoint's classes are others, or in another order;
+    names that a converter made up ("class 0", ...) contradict none. The averaged weights are taken where there are any.
+
+    Args:
+        path: a checkpoint folder, a run's workdir (its best checkpoint is taken), or a released PyTorch file, which is
+            converted in memory.
+        description: the model to be trained and its classes.
+        shapes: its parameters, or anything with their shapes, by dotted name.
+
+    Raises:
+        InputError: there is no checkpoint, it cannot be read, or its backbone is another one.
+    """
+    if not path.exists():
+        raise InputError(f"there is no checkpoint at {path} (config.pretrained): no such file or folder")
+    if path.is_file():
+        conversion = convert_file(path)
+        theirs, parameters, weights = conversion.description, conversion.parameters, conversion.weights
+    else:
+        path = find_checkpoint(path)
+        weights = "ema" if "ema" in available_weights(path) else "raw"
+        theirs, parameters = load_checkpoint(path, weights)
+    have, want = _backbone(theirs), _backbone(description)
+    if different := [key for key in _SIZES if getattr(have, key) != getattr(want, key)]:
+        raise InputError(
+            f"{path} (config.pretrained) is another model than the one to be trained: it is "
+            f"{_name(theirs, have, different)}, not {_name(description, want, different)}; "
+            "give config.model as it is there, or choose another checkpoint"
+        )
+    found = dict(flatten(parameters))
+    try:
+        check_fit(_part("backbone", shapes), _part("backbone", found))
+    except InputError as error:
+        raise InputError(f"cannot start from {path} (config.pretrained): {error}") from error
+    agree = theirs.class_names in (description.class_names, placeholder_class_names(len(description.class_names)))
+    leaves = {
+        name: leaf
+        for name, leaf in found.items()
+        if name in shapes and np.shape(leaf) == np.shape(shapes[name]) and (agree or not name.startswith("head."))
+    }
+    return Pretrained(path, theirs.source, weights, leaves, tuple(n for n in found if n not in leaves), agree)
+
+
+def _report(found: Pretrained, new: Mapping[str, Any], workdir: Path) -> None:
+    write_json(
+        workdir / "pretrained.json",
+        {
+            "checkpoint": str(found.path),
+            "source": dict(found.source),
+            "weights": found.weights,
+            "loaded": list(found.leaves),
+            "new": list(new),
+            "unused": list(found.unused),
+        },
+    )
+    kind = "averaged" if found.weights == "ema" else "raw"
+    line = f"Starting from {found.path} ({kind} weights): {_amount(found.leaves)} loaded"
+    if new:
+        line += f", {_amount(new)} new"
+        line += "" if found.classes_agree else ", since the classes are others"
+    print(f"{line}; {workdir / 'pretrained.json'} lists them.", flush=True)
+
+
+def _amount(leaves: Mapping[str, Any]) -> str:
+    return f"{count(dict(leaves)):,} parameters ({', '.join(_tops(leaves))})"
+
+
+def _tops(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def _part(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if name.partition(".")[0] == module}
+
+
+def _backbone(description: Description) -> BackboneConfig:
+    return backbone_config(**{name: value for name, value in description.model.items() if name != "num_classes"})
+
+
+def _name(description: Description, config: BackboneConfig, keys: list[str]) -> str:
+    """Such as "msvmamba_nano (width 48)"."""
+    return f"{description.model['name']} ({', '.join(f'{key} {getattr(config, key)}' for key in keys)})"
