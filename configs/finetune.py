@@ -12,7 +12,7 @@ the line printed at the start says what was. What to set:
 - `--config.data.size`, `--config.data.resize`: another image size; the weights fit every size.
 - `--config.freeze_backbone=true --config.model.drop_path=0.0 --config.optimizer.learning_rate=1e-3`: the head alone.
   There is no backward pass through the backbone, so a step takes less time and memory; for a first look, or for very
-  few images.
+  few images. To go on with the whole model, start another workdir with `pretrained` set to this one.
 - `--config.dtype=bfloat16` on GPUs; `--config.batch_size`: the learning rate follows.
 - `--config.epochs`: more for a few hundred images, fewer for many thousands. `evaluate_every` and `save_every` are in
   steps; an epoch has images / batch_size of them.

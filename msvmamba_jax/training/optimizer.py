@@ -105,8 +105,8 @@ def adamw(
         schedule: the learning rate, of the head where `layer_decay` is not 1.
         weight_decay: times the learning rate, is taken off the parameters of `decay_mask`.
         clip_norm: in L2, over all parameters that are trained.
-        layer_decay: the update of a layer, weight decay included, is this times that of the next one (arXiv:2106.08254,
-            section 3.2); see `layers`. 1: all alike, and the optimiser's state is that of plain AdamW.
+        layer_decay: the update of a layer, weight decay included, is scaled by this once more than that of the next one
+            (as BEiT is fine-tuned, arXiv:2106.08254); see `layers`. 1: all alike, and the state is plain AdamW's.
         freeze_backbone: parameters in `backbone` stay as they are and the state holds nothing of them.
 
     Raises:

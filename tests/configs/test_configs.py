@@ -18,6 +18,7 @@ from msvmamba_jax.tasks.mixing import Mixing
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.loop import total_steps
 from msvmamba_jax.training.optimizer import schedule_of
+from msvmamba_jax.training.pretrained import with_pretrained
 
 FOLDER = Path(__file__).parents[2] / "configs"
 SHARED = {"__init__", "imagenet"}
@@ -46,6 +47,24 @@ def test_makes_its_task(name):
     assert f"configs/{name}.py" in runpy.run_path(str(FOLDER / f"{name}.py"))["__doc__"]
     json.dumps(config.to_dict())  # as the workdir's config.json
     abstract_model(lambda: task.description.build(rngs=nnx.Rngs(0), dtype=config.dtype))
+
+
+def test_all_have_the_same_options():
+    """Of `data` and `model`, where the sources differ, those of the folders."""
+
+    def options(name, skip=()):
+        found = load(name).to_dict()
+        nested = {key: sorted(value) if isinstance(value, dict) else None for key, value in found.items()}
+        return {key: value for key, value in nested.items() if key not in skip}
+
+    assert options("finetune") == options("nano")
+    assert options("digits", ("data", "model")) == options("nano", ("data", "model"))
+
+
+def test_fine_tuning_needs_a_checkpoint(tmp_path):
+    config = load("finetune")
+    with pytest.raises(InputError, match=r"--config\.pretrained"):
+        with_pretrained({"params": {}, "ema": {}}, config, make_task(config, dataset()).description, tmp_path)
 
 
 @pytest.mark.parametrize("name", IMAGENET)

@@ -90,6 +90,36 @@ def test_averaged_weights(task, batch):
     assert_same(second["ema"], expected)
 
 
+class TwoParts(nnx.Module):
+    """A model with a backbone and a head."""
+
+    def __init__(self, rngs):
+        self.backbone, self.head = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, images, keys=None):
+        return self.head(self.backbone(jnp.mean(images, axis=(1, 2))))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_frozen_backbone_has_no_gradient(task, batch, accumulate):
+    """With an optimiser that would use it; the head learns as ever, and the average stays to the last bit."""
+    optimizer = optax.sgd(0.5)
+    state = initial_state(TwoParts(nnx.Rngs(0)), optimizer)
+    after, norms = {}, {}
+    for frozen in (False, True):
+        step = train_step(
+            abstract_model(lambda: TwoParts(nnx.Rngs(0))), task, optimizer, lambda _: 0.5,
+            seed=0, ema_decay=0.98, accumulate=accumulate, freeze_backbone=frozen,
+        )  # fmt: skip
+        after[frozen], metrics = jax.jit(step)(state, batch)
+        norms[frozen] = float(metrics["gradient_norm"])
+    for tree in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, after[True][tree]["backbone"], state["params"]["backbone"])
+        assert_same(after[True][tree]["head"], after[False][tree]["head"])
+    assert not np.array_equal(after[False]["params"]["backbone"]["kernel"], state["params"]["backbone"]["kernel"])
+    assert norms[True] < norms[False]
+
+
 def test_randomness_depends_on_seed_and_step(task, batch):
     losses = [float(metrics["loss"]) for _, metrics in run(task, batch)]
     assert losses == [float(metrics["loss"]) for _, metrics in run(task, batch)]
