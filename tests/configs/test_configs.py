@@ -36,7 +36,7 @@ def dataset(images=1_281_167):
 
 
 def test_all_are_there():
-    assert sorted(["digits", "finetune", *IMAGENET]) == ALL
+    assert sorted(["digits", "finetune", "textures", *IMAGENET]) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
