@@ -26,7 +26,7 @@ FORBIDDEN = {
     "msvmamba_jax/models": ("data", "convert", "configs", "tasks", "training", "checkpoint", "inference", *COMMANDS),
     "convert": ("configs", "tasks", "training", "inference", "train", "evaluate", "predict", "summary"),
     "msvmamba_jax/tasks": ("convert", "configs", "training", *COMMANDS),
-    "msvmamba_jax/training": ("convert", "configs", *COMMANDS),
+    "msvmamba_jax/training": ("configs", *COMMANDS),
     "configs": ("models", "data", "kernels", "convert", "tasks", "training", "checkpoint", "inference", *COMMANDS),
 }
 

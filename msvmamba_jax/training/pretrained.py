@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import jax
 import numpy as np
 
 from msvmamba_jax.checkpoint import Description, Weights, available_weights, find_checkpoint, load_checkpoint
-from msvmamba_jax.command import write_json
 from msvmamba_jax.convert.checkpoint import convert_file
 from msvmamba_jax.data.labels import placeholder_class_names
 from msvmamba_jax.errors import InputError
@@ -129,17 +129,15 @@ def read_pretrained(path: Path, description: Description, shapes: Mapping[str, A
 
 
 def _report(found: Pretrained, new: Mapping[str, Any], workdir: Path) -> None:
-    write_json(
-        workdir / "pretrained.json",
-        {
-            "checkpoint": str(found.path),
-            "source": dict(found.source),
-            "weights": found.weights,
-            "loaded": list(found.leaves),
-            "new": list(new),
-            "unused": list(found.unused),
-        },
-    )
+    listed = {
+        "checkpoint": str(found.path),
+        "source": dict(found.source),
+        "weights": found.weights,
+        "loaded": list(found.leaves),
+        "new": list(new),
+        "unused": list(found.unused),
+    }
+    (workdir / "pretrained.json").write_text(json.dumps(listed, indent=2) + "\n")
     kind = "averaged" if found.weights == "ema" else "raw"
     line = f"Starting from {found.path} ({kind} weights): {_amount(found.leaves)} loaded"
     if new:
