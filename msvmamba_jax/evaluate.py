@@ -77,7 +77,7 @@ def _main() -> None:
         batch = layout.put(
             {k: v for k, v in next(evaluation_batches(dataset, batch_size=config.batch_size)).items() if k != "mask"}
         )
-        report["throughput"] = _throughput(predict, get_parameters(model), batch, config.batch_size)
+        report["throughput"] = _throughput(predict, layout.place(get_parameters(model)), batch, config.batch_size)
     _print(report, size)
     if _JSON.value:
         command.write_json(_JSON.value, report)

@@ -31,6 +31,7 @@ def evaluate(
         layout: of the devices.
     """
     evaluator = task.evaluator()
+    params = layout.place(params)
     for batch in batches:
         predictions = predict(params, layout.put({k: v for k, v in batch.items() if k != "mask"}))
         evaluator.update(jax.device_get(predictions), gather_rows({k: v for k, v in batch.items() if k != "image"}))

@@ -94,14 +94,13 @@ class Progress:
         self._bar.close()
 
 
-class Report:
+class Report(Progress):
     """All of the above for one run."""
 
     def __init__(self, workdir: Path, total: int, start: int):
         self._file = MetricsFile(workdir / "metrics.jsonl", start)
         self._tensorboard = TensorBoard(workdir / "tensorboard", start)
-        progress = Progress(total, start)
-        self.advance, self.show, self.say, self._progress = progress.advance, progress.show, progress.say, progress
+        super().__init__(total, start)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics for the file and TensorBoard."""
@@ -110,7 +109,7 @@ class Report:
 
     def close(self) -> None:
         """Closes everything."""
-        self._progress.close()
+        super().close()
         self._file.close()
         self._tensorboard.close()
 

@@ -23,7 +23,7 @@ from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.evaluation import evaluate
 from msvmamba_jax.training.logging import Report, SilentReport
-from msvmamba_jax.training.optimizer import adamw, schedule_of
+from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmup_steps
 from msvmamba_jax.training.parallelism import make_layout
 from msvmamba_jax.training.pretrained import with_pretrained
 from msvmamba_jax.training.processes import is_main, largest
@@ -229,8 +229,6 @@ def _announce(
     where = f"going on from step {start:,}" if start else "from the start"
     devices = jax.device_count()
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    rate = config.optimizer.learning_rate * config.batch_size / config.optimizer.batch_size
-    warmup = round(config.optimizer.warmup_fraction * steps)
     layout = f"fsdp {config.fsdp}" if config.fsdp > 1 else "state on every device"
     lines = (
         f"Training {task.description.model['name']}, {parameters:,} parameters, {where}; everything goes to {workdir}.",
@@ -240,8 +238,8 @@ def _announce(
         f"in {config.accumulate} part{'s' if config.accumulate > 1 else ''}",
         f"  devices: {devices} x {device.device_kind}{processes} ({config.parallelism}, {layout}); {config.dtype}; "
         f"selective scan: {config.scan_implementation or 'by MSVMAMBA_SCAN, or the fastest that runs here'}",
-        f"  learning rate: {rate:.3g} after {warmup:,} steps of warm-up, then a cosine; averaged weights: "
-        f"decay {config.ema_decay:g}",
+        f"  learning rate: {peak_rate(config):.3g} after {warmup_steps(config, steps):,} steps of warm-up, then a "
+        f"cosine; averaged weights: decay {config.ema_decay:g}",
     )
     _say("\n".join(lines))
 

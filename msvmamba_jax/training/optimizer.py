@@ -51,12 +51,22 @@ def schedule_of(config: Any, total_steps: int) -> optax.Schedule:
     options = config.optimizer
     scale = config.batch_size / options.batch_size
     return cosine_schedule(
-        peak=options.learning_rate * scale,
+        peak=peak_rate(config),
         warmup_start=options.warmup_start * scale,
         minimum=options.minimum * scale,
-        warmup_steps=round(options.warmup_fraction * total_steps),
+        warmup_steps=warmup_steps(config, total_steps),
         total_steps=total_steps,
     )
+
+
+def peak_rate(config: Any) -> float:
+    """The highest learning rate of `schedule_of`."""
+    return config.optimizer.learning_rate * (config.batch_size / config.optimizer.batch_size)
+
+
+def warmup_steps(config: Any, total_steps: int) -> int:
+    """The steps that `schedule_of` warms up for."""
+    return round(config.optimizer.warmup_fraction * total_steps)
 
 
 def decay_mask(parameters: Tree) -> Tree:

@@ -43,6 +43,9 @@ class Layout(Protocol):
     def compile_predict(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`predict_step`'s function, compiled; it takes what `put` gives and returns arrays with the leading axis b."""
 
+    def place(self, params: Any) -> Any:
+        """Parameters, wherever they are, as `create` lays out those of a state."""
+
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """This process's rows of a batch, leading axis b / processes, as the compiled functions take them."""
 
@@ -101,8 +104,11 @@ class JitLayout:
 
         # Several processes each need all predictions; within one they are read from where they are.
         out = everywhere if self.processes > 1 else self.batch
-        compiled = jax.jit(gathered, in_shardings=(None, self.batch), out_shardings=out)
-        return lambda params, batch: compiled(jax.device_put(params, self.shardings(params)), batch)
+        return jax.jit(gathered, in_shardings=(None, self.batch), out_shardings=out)
+
+    def place(self, params: Any) -> Any:
+        """See `Layout`."""
+        return jax.device_put(params, self.shardings(params))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """See `Layout`."""
@@ -144,6 +150,10 @@ class PmapLayout:
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(compiled(params, batch)))
 
         return predict
+
+    def place(self, params: Any) -> Any:
+        """See `Layout`."""
+        return jax.device_put(params, self._replicated())
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """See `Layout`."""
