@@ -245,7 +245,7 @@ def test_batches(root: Path) -> None:
         "corrupt": ((4,), np.int32),
     }
     assert not batch["corrupt"].any()
-    evaluated = list(pipeline.evaluation_batches(source, batch_size=4))
+    evaluated = list(pipeline.evaluation_batches(source, pipeline.plan_evaluation(source, batch_size=4)))
     assert [batch["mask"].sum() for batch in evaluated] == [4, 2]
     assert evaluated[0].keys() == {"image", "label", "mask"}
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in evaluated])[:6], [0, 0, 1, 1, 2, 2])
@@ -320,10 +320,9 @@ def test_a_damaged_image_for_evaluation_is_masked(root: Path, caplog: pytest.Log
     source = dataset(root)
     record = source.evaluation[2]
     assert (record["image"].shape, record["label"], record["corrupt"]) == ((1, 1, 3), 1, 1)
-    batches = list(pipeline.evaluation_batches(source, batch_size=4))
+    batches = list(pipeline.evaluation_batches(source, pipeline.plan_evaluation(source, batch_size=4)))
     assert np.concatenate([batch["mask"] for batch in batches]).tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
     assert not batches[0]["image"][2].any()
-    assert batches[0]["label"][2] == 0
     (message,) = warnings(caplog, root)
     assert str(path) in message
 

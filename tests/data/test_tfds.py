@@ -98,7 +98,7 @@ def test_records(prepared: Path) -> None:
     # The truncated one is replaced by another.
     assert set(heights) == {0, 1, 2, 3, 4}
     assert sum(source.train[index]["corrupt"] for index in range(6)) == 1
-    assert len(list(pipeline.evaluation_batches(source, batch_size=2))) == 2
+    assert len(list(pipeline.evaluation_batches(source, pipeline.plan_evaluation(source, batch_size=2)))) == 2
     assert "tensorflow" not in sys.modules
 
 
