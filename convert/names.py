@@ -1,54 +1,14 @@
-"""How the original's tensors correspond to this package's parameters.
-
-Each rule names an original tensor (a regular expression for the whole name), the parameters made of it, and a pair of
-functions that are exact inverses. Layouts: PyTorch's linear kernels are (out, in), ours (in, out); its convolutions are
-(out, in, rows, columns), ours channels last.
-"""
+"""How the original's tensors correspond to this package's weights: rules for the backbone and for each task's head."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from einops import rearrange
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One original array as one or more of ours.
-
-    Attributes:
-        split: the original array to ours, given their number.
-        join: ours to the original array.
-    """
-
-    split: Callable[[np.ndarray, int], Sequence[np.ndarray]]
-    join: Callable[[Sequence[np.ndarray]], np.ndarray]
-
-
-def _einops(original: str, ours: str, **sizes: int) -> Layout:
-    """A permutation of one array's elements."""
-    return Layout(
-        split=lambda x, _: [rearrange(x, f"{original} -> {ours}", **sizes)],
-        join=lambda parts: rearrange(parts[0], f"{ours} -> {original}", **sizes),
-    )
-
-
-def _stacked(original: str, ours: str) -> Layout:
-    """An array whose leading axis enumerates routes; each route is a parameter of its own."""
-    return Layout(
-        split=lambda x, count: list(rearrange(x, f"{original} -> {ours}", k=count)),
-        join=lambda parts: rearrange(np.stack(list(parts)), f"{ours} -> {original}"),
-    )
-
-
-SAME = _einops("...", "...")
-LINEAR = _einops("o i", "i o")
-POINTWISE = _einops("o i 1 1", "i o")
-DEPTHWISE = _einops("d 1 i j", "i j d")
-PATCHES = _einops("o c p q", "(p q c) o", p=4, q=4, c=3)
+from msvmamba_jax.convert import upernet_names
+from msvmamba_jax.convert.layouts import DEPTHWISE, LINEAR, PATCHES, POINTWISE, SAME, Layout, Rule, stacked
 
 _STAGE, _BLOCK = r"layers\.(?P<stage>\d+)", r"layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)"
 _OURS = "backbone.stages.{stage}.blocks.{block}"
@@ -58,14 +18,12 @@ _SSMS = {"multi_scale": ("half_ssm", "full_ssm"), "cross_scan": tuple(f"ssms.{ro
 
 _NORM = {"weight": "scale", "bias": "bias"}
 
-_COMMON: list[tuple[str, tuple[str, ...], Layout]] = [
+_COMMON: list[Rule] = [
     (r"patch_embed\.0\.weight", ("backbone.patch_embedding.projection.kernel",), PATCHES),
     (r"patch_embed\.0\.bias", ("backbone.patch_embedding.projection.bias",), SAME),
     (_BLOCK + r"\.op\.in_proj\.weight", (_OURS + ".mixer.in_projection.kernel",), LINEAR),
     (_BLOCK + r"\.op\.out_proj\.weight", (_OURS + ".mixer.out_projection.kernel",), LINEAR),
     (_STAGE + r"\.downsample\.reduction\.weight", ("backbone.downsamplings.{stage}.reduction.kernel",), LINEAR),
-    (r"classifier\.head\.weight", ("head.kernel",), LINEAR),
-    (r"classifier\.head\.bias", ("head.bias",), SAME),
 ]
 for _theirs, _ours in _NORM.items():
     _COMMON += [
@@ -73,10 +31,9 @@ for _theirs, _ours in _NORM.items():
         (rf"{_BLOCK}\.norm\.{_theirs}", (f"{_OURS}.norm.{_ours}",), SAME),
         (rf"{_BLOCK}\.op\.out_norm\.{_theirs}", (f"{_OURS}.mixer.out_norm.{_ours}",), SAME),
         (rf"{_STAGE}\.downsample\.norm\.{_theirs}", (f"backbone.downsamplings.{{stage}}.norm.{_ours}",), SAME),
-        (rf"classifier\.norm\.{_theirs}", (f"norm.{_ours}",), SAME),
     ]
 
-_MULTI_SCALE: list[tuple[str, tuple[str, ...], Layout]] = [
+_MULTI_SCALE: list[Rule] = [
     (_BLOCK + r"\.op\.conv2d\.weight", (_OURS + ".mixer.full_conv.kernel",), DEPTHWISE),
     (_BLOCK + r"\.op\.conv2d\.bias", (_OURS + ".mixer.full_conv.bias",), SAME),
     (_BLOCK + r"\.op\.conv2d_b1\.weight", (_OURS + ".mixer.half_conv.kernel",), DEPTHWISE),
@@ -93,36 +50,59 @@ _MULTI_SCALE: list[tuple[str, tuple[str, ...], Layout]] = [
     (_BLOCK + r"\.norm2\.bias", (_OURS + ".ffn_norm.bias",), SAME),
 ]
 
-_CROSS_SCAN: list[tuple[str, tuple[str, ...], Layout]] = [
+_CROSS_SCAN: list[Rule] = [
     (_BLOCK + r"\.op\.conv2d\.weight", (_OURS + ".mixer.conv.kernel",), DEPTHWISE),
     (_BLOCK + r"\.op\.conv2d\.bias", (_OURS + ".mixer.conv.bias",), SAME),
 ]
 
 _SCAN = {
-    "x_proj_weight": ("projection.kernel", _stacked("k p d", "k d p")),
-    "dt_projs_weight": ("delta_kernel", _stacked("k d r", "k r d")),
-    "dt_projs_bias": ("delta_bias", _stacked("k d", "k d")),
-    "A_logs": ("A_log", _stacked("(k d) n", "k d n")),
-    "Ds": ("D", _stacked("(k d)", "k d")),
+    "x_proj_weight": ("projection.kernel", stacked("k p d", "k d p")),
+    "dt_projs_weight": ("delta_kernel", stacked("k d r", "k r d")),
+    "dt_projs_bias": ("delta_bias", stacked("k d", "k d")),
+    "A_logs": ("A_log", stacked("(k d) n", "k d n")),
+    "Ds": ("D", stacked("(k d)", "k d")),
 }
+
+# What each task puts behind the backbone. Rules name whole tensors, with their prefixes, on both sides.
+_HEADS: dict[str, list[Rule]] = {
+    "classification": [
+        (r"classifier\.norm\.weight", ("norm.scale",), SAME),
+        (r"classifier\.norm\.bias", ("norm.bias",), SAME),
+        (r"classifier\.head\.weight", ("head.kernel",), LINEAR),
+        (r"classifier\.head\.bias", ("head.bias",), SAME),
+    ],
+    "segmentation": upernet_names.RULES,
+    "detection": [],
+}
+
+# In the models of dense tasks the backbone is a part, and has a norm behind each stage.
+_OUT_NORMS: list[Rule] = [
+    (rf"backbone\.outnorm(?P<stage>\d+)\.{theirs}", (f"out_norms.{{stage}}.{ours}",), SAME)
+    for theirs, ours in _NORM.items()
+]
 
 # Names of earlier releases that the original's loader still accepts.
 _OLD_NAMES = [
-    (re.compile(r"patch_embed\.proj\.(.*)"), r"patch_embed.0.\1"),
-    (re.compile(r"patch_embed\.norm\.(.*)"), r"patch_embed.2.\1"),
-    (re.compile(rf"({_STAGE}\.blocks\.\d+)\.ln_1\.(.*)"), r"\1.norm.\3"),
-    (re.compile(rf"({_STAGE}\.blocks\.\d+)\.self_attention\.(.*)"), r"\1.op.\3"),
+    (re.compile(r"(backbone\.)?patch_embed\.proj\.(.*)"), r"\1patch_embed.0.\2"),
+    (re.compile(r"(backbone\.)?patch_embed\.norm\.(.*)"), r"\1patch_embed.2.\2"),
+    (re.compile(r"((backbone\.)?layers\.\d+\.blocks\.\d+)\.ln_1\.(.*)"), r"\1.norm.\3"),
+    (re.compile(r"((backbone\.)?layers\.\d+\.blocks\.\d+)\.self_attention\.(.*)"), r"\1.op.\3"),
     (re.compile(r"(norm|head)\.(.*)"), r"classifier.\1.\2"),
 ]
 
+# Steps that a batch normalisation has seen, which PyTorch needs for a running average without momentum only.
+_WITHOUT_COUNTERPART = {"segmentation": re.compile(r"(decode|auxiliary)_head\..*\.bn\.num_batches_tracked")}
 
-def rules(mixer: str) -> list[tuple[re.Pattern[str], tuple[str, ...], Layout]]:
-    """All rules for models with the given mixer: pattern of the original name, templates of ours, layout."""
+
+def rules(mixer: str, task: str = "classification") -> list[tuple[re.Pattern[str], tuple[str, ...], Layout]]:
+    """All rules for a task's models with the given mixer: pattern of the original name, templates of ours, layout."""
     table = _COMMON + (_MULTI_SCALE if mixer == "multi_scale" else _CROSS_SCAN)
     for theirs, (ours, layout) in _SCAN.items():
         names = tuple(f"{_OURS}.mixer.{ssm}.{ours}" for ssm in _SSMS[mixer])
         table = [*table, (rf"{_BLOCK}\.op\.{theirs}", names, layout)]
-    return [(re.compile(pattern), ours, layout) for pattern, ours, layout in table]
+    if task != "classification":
+        table = [(rf"backbone\.{theirs}", ours, layout) for theirs, ours, layout in table] + _OUT_NORMS
+    return [(re.compile(pattern), ours, layout) for pattern, ours, layout in table + _HEADS[task]]
 
 
 def current_name(name: str) -> str:
@@ -133,16 +113,25 @@ def current_name(name: str) -> str:
     return name
 
 
-def to_ours(state: Mapping[str, np.ndarray], mixer: str) -> dict[str, np.ndarray]:
-    """The original's state dict (current names) as ours, by dotted name.
+def has_counterpart(name: str, task: str) -> bool:
+    """False for a tensor that means nothing here: `to_ours` drops it, `to_original` does not make it."""
+    return task not in _WITHOUT_COUNTERPART or not _WITHOUT_COUNTERPART[task].fullmatch(name)
+
+
+def to_ours(state: Mapping[str, np.ndarray], mixer: str, task: str = "classification") -> dict[str, np.ndarray]:
+    """The original's state dict (current names) as ours, parameters and statistics by dotted name.
+
+    Tensors without a counterpart are dropped.
 
     Raises:
-        KeyError: a tensor that is in no rule.
+        KeyError: a tensor that fits no rule.
         einops.EinopsError: a tensor of another rank.
     """
-    table = rules(mixer)
+    table = rules(mixer, task)
     converted: dict[str, np.ndarray] = {}
     for name, tensor in state.items():
+        if not has_counterpart(name, task):
+            continue
         matches = [(match, ours, layout) for pattern, ours, layout in table if (match := pattern.fullmatch(name))]
         if len(matches) != 1:
             raise KeyError(f"{len(matches)} rules fit the tensor {name}")
@@ -152,19 +141,17 @@ def to_ours(state: Mapping[str, np.ndarray], mixer: str) -> dict[str, np.ndarray
     return converted
 
 
-def to_original(parameters: Mapping[str, np.ndarray], mixer: str) -> dict[str, np.ndarray]:
-    """The inverse of `to_ours`: bit for bit the tensors that `parameters` (by dotted name) came from.
+def to_original(weights: Mapping[str, np.ndarray], mixer: str, task: str = "classification") -> dict[str, np.ndarray]:
+    """The inverse of `to_ours`: bit for bit the tensors that `weights` (by dotted name) came from.
 
     Raises:
-        KeyError: a parameter that no rule makes.
+        KeyError: an array that no rule makes.
     """
     state: dict[str, np.ndarray] = {}
-    left = dict(parameters)
-    for pattern, templates, layout in rules(mixer):
-        first = re.compile(
-            re.escape(templates[0]).replace(r"\{stage\}", r"(?P<stage>\d+)").replace(r"\{block\}", r"(?P<block>\d+)")
-        )
-        for match in [m for name in parameters if (m := first.fullmatch(name))]:
+    left = dict(weights)
+    for pattern, templates, layout in rules(mixer, task):
+        first = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(templates[0])))
+        for match in [m for name in weights if (m := first.fullmatch(name))]:
             places = match.groupdict()
             parts = [left.pop(template.format(**places)) for template in templates]
             name = pattern.pattern

@@ -20,8 +20,35 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def get_parameters(model: nnx.Module) -> Tree:
-    """The arrays of all `nnx.Param` of `model`, nested as its attributes are."""
+    """The arrays of all `nnx.Param` of `model`, nested as its attributes are: what is trained."""
     return _with_string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def get_statistics(model: nnx.Module) -> Tree:
+    """The arrays of all `nnx.BatchStat` of `model`: running means and variances; {} where there are none."""
+    return _with_string_keys(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+
+def get_weights(model: nnx.Module) -> Tree:
+    """Parameters and statistics in one tree: all that a checkpoint must hold."""
+    return merge(get_parameters(model), get_statistics(model))
+
+
+def merge(tree: Tree, other: Tree) -> Tree:
+    """The union of two nested dictionaries.
+
+    Raises:
+        ValueError: both have a leaf at the same place, or one has a leaf where the other has a dictionary.
+    """
+    merged = dict(tree)
+    for key, value in other.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(merged[key], dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            raise ValueError(f"both trees have a leaf at {key}")
+    return merged
 
 
 class _ShapeKeys:
@@ -45,16 +72,16 @@ def abstract_model(build: Callable[[], Model]) -> Model:
     return nnx.eval_shape(build)
 
 
-def bind(model: Model, parameters: Tree) -> Model:
-    """A copy of `model` (which may be abstract) that holds `parameters`, a tree as `get_parameters` gives.
+def bind(model: Model, weights: Tree) -> Model:
+    """A copy of `model` (which may be abstract) that holds `weights`, a tree as `get_weights` gives.
 
     Raises:
         InputError: names or shapes differ from the model's; the sentence lists what does not fit.
     """
-    graph, state, *rest = nnx.split(model, nnx.Param, ...)
-    check_fit(_with_string_keys(nnx.to_pure_dict(state)), parameters)
+    graph, state, *rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    check_fit(_with_string_keys(nnx.to_pure_dict(state)), weights)
     state = jax.tree.map(lambda leaf: leaf, state)
-    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(parameters))
+    nnx.replace_by_pure_dict(state, nnx.restore_int_paths(weights))
     return nnx.merge(graph, state, *rest, copy=True)
 
 
