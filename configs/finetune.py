@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
             "log_every": "10 steps",
             "evaluate_every": "1 epoch",
             "save_every": "1 epoch",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

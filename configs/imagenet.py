@@ -61,6 +61,7 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
             "log_every": "100 steps",
             "evaluate_every": "5 epochs",
             "save_every": "1 epoch",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
             "log_every": "20 steps",
             "evaluate_every": "2 epochs",
             "save_every": "2 epochs",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -148,8 +148,8 @@ def train_batches(
         process_count: how many processes train together.
 
     Yields:
-        The fields of `Dataset.augment` as arrays with the leading axis b, and ``"corrupt": int32 (b,)`` where the source's
-        records have it. Closing the generator stops its threads and workers.
+        The fields of `Dataset.augment` as arrays with the leading axis b, and ``"corrupt": int32 (b,)`` where the
+        source's records have it. Closing the generator stops its threads and workers.
 
     Raises:
         InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.

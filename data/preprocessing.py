@@ -65,6 +65,11 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise InputError(f"Preprocessing: std must be positive, not {self.std!r}.")
 
+    @property
+    def nominal_size(self) -> tuple[int, int]:
+        """Height and width of what a model is fed."""
+        return self.size, self.size
+
     def to_json(self) -> dict[str, Any]:
         """The settings as numbers, strings and lists, as `json` writes and reads them."""
         fields = dataclasses.asdict(self)

@@ -18,9 +18,6 @@ from msvmamba_jax.models.parameters import Tree, flatten, unflatten
 from msvmamba_jax.training.durations import Clock
 
 
-SCHEDULES = ("cosine", "linear", "steps")
-
-
 def cosine_schedule(
     *, peak: float, warmup_start: float, minimum: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
@@ -63,7 +60,7 @@ def linear_schedule(
 def step_schedule(
     *, peak: float, warmup_start: float, warmup_steps: int, drops: Sequence[int], factor: float = 0.1
 ) -> optax.Schedule:
-    """Linear warm-up from `warmup_start` to `peak`, as MMEngine does it; each of the steps `drops` scales by `factor`."""
+    """Linear warm-up from `warmup_start` to `peak`, as MMEngine does it; each step of `drops` scales by `factor`."""
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -105,7 +102,7 @@ def schedule_of(config: Any, clock: Clock) -> optax.Schedule:
             drops = [clock.steps_of("optimizer.drops", drop) for drop in options.drops]
             del rates["minimum"]
             return step_schedule(**rates, warmup_steps=warmup, drops=drops)
-    raise InputError(f"unknown config.optimizer.schedule {options.schedule!r}; there are {', '.join(SCHEDULES)}")
+    raise InputError(f"unknown config.optimizer.schedule {options.schedule!r}; there are cosine, linear, steps")
 
 
 def peak_rate(config: Any) -> float:

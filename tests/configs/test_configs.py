@@ -16,9 +16,9 @@ from msvmamba_jax.models.parameters import abstract_model
 from msvmamba_jax.models.variants import VARIANTS
 from msvmamba_jax.tasks.mixing import Mixing
 from msvmamba_jax.tasks.registry import make_task
-from msvmamba_jax.training.loop import total_steps
+from msvmamba_jax.training.durations import make_clock
 from msvmamba_jax.training.optimizer import schedule_of
-from msvmamba_jax.training.pretrained import with_pretrained
+from msvmamba_jax.training.pretrained import find_pretrained
 
 FOLDER = Path(__file__).parents[2] / "configs"
 SHARED = {"__init__", "imagenet"}
@@ -32,7 +32,14 @@ def load(name):
 
 def dataset(images=1_281_167):
     names = tuple(f"class {i}" for i in range(1000))
-    return Dataset(train=range(images), evaluation=range(10), class_names=names, preprocessing=Preprocessing())
+    return Dataset(
+        train=range(images),
+        evaluation=range(10),
+        class_names=names,
+        preprocessing=Preprocessing(),
+        augment=lambda record, rng: record,
+        prepare=lambda record: record,
+    )
 
 
 def test_all_are_there():
@@ -61,10 +68,10 @@ def test_all_have_the_same_options():
     assert options("digits", ("data", "model")) == options("nano", ("data", "model"))
 
 
-def test_fine_tuning_needs_a_checkpoint(tmp_path):
+def test_fine_tuning_needs_a_checkpoint():
     config = load("finetune")
     with pytest.raises(InputError, match=r"--config\.pretrained"):
-        with_pretrained({"params": {}, "ema": {}}, config, make_task(config, dataset()).description, tmp_path)
+        find_pretrained(config, make_task(config, dataset()).description, {})
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -76,9 +83,9 @@ def test_imagenet_recipe(name, parity):
     assert config.model.name == recipe_name
     assert recipe_name in VARIANTS
     recorded = parity.json("recipe/lr_schedule.json")
-    steps = total_steps(config, dataset())
-    assert (config.batch_size, steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
-    schedule = schedule_of(config, steps)
+    clock = make_clock(config, dataset())
+    assert (config.batch_size, clock.steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
+    schedule = schedule_of(config, clock)
     for step, rate in recorded["values"].items():
         np.testing.assert_allclose(schedule(int(step)), rate, rtol=1e-6, err_msg=step)
 

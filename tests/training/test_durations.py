@@ -18,11 +18,11 @@ def test_lengths(value, steps):
 
 @pytest.mark.parametrize("value", ["", "3", "epochs", "-1 steps", "3 hours", "1e3 steps", "5 %s", "1 2 steps"])
 def test_other_forms(value):
-    with pytest.raises(InputError, match="config.save_every must be like"):
+    with pytest.raises(InputError, match=r"config\.save_every must be like"):
         CLOCK.steps_of("save_every", value)
 
 
 def test_too_short():
-    with pytest.raises(InputError, match="config.save_every must be at least 1 step;"):
+    with pytest.raises(InputError, match=r"config\.save_every must be at least 1 step;"):
         CLOCK.steps_of("save_every", "0 steps")
     assert CLOCK.steps_of("optimizer.warmup", "0 steps", least=0) == 0

@@ -140,12 +140,21 @@ def test_loss_is_the_smoothed_cross_entropy(task, batch):
 
 
 def test_evaluator_counts_masked_rows_nowhere():
-    evaluator = ClassificationEvaluator()
+    evaluator = ClassificationEvaluator("abc")
     top = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 1, 2]])
-    batch = {"label": np.array([0, 0, 1, 0]), "mask": np.array([True, True, True, False])}
-    evaluator.update({"top": top, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, batch)
-    evaluator.update({"top": top[:1], "loss": np.array([6.0])}, {"label": np.array([9]), "mask": np.array([True])})
-    assert evaluator.result() == {"accuracy_top1": 0.25, "accuracy_top5": 0.75, "loss": 3.0, "images": 4}
+    label = np.array([0, 0, 1, 0])
+    mask = np.array([True, True, True, False])
+    evaluator.update({"top": top, "label": label, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, mask)
+    evaluator.update({"top": top[2:3], "label": np.array([3]), "loss": np.array([6.0])}, np.array([False]))
+    evaluator.update({"top": top[2:3], "label": np.array([2]), "loss": np.array([6.0])}, np.array([True]))
+    assert evaluator.result() == {"accuracy_top1": 0.5, "accuracy_top5": 1.0, "loss": 3.0, "images": 4}
+    assert evaluator.per_class() == [
+        {"name": "a", "images": 2, "accuracy_top1": 0.5},
+        {"name": "b", "images": 1, "accuracy_top1": 0.0},
+        {"name": "c", "images": 1, "accuracy_top1": 1.0},
+    ]
+    assert evaluator.sentence() == "top-1 50.00%, top-5 100.00%, loss 3.0000 on 4 images"
+    assert ClassificationEvaluator("a").per_class() == [{"name": "a", "images": 0, "accuracy_top1": None}]
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0)])
