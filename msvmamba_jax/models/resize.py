@@ -1,4 +1,4 @@
-"""Bilinear resizing of feature maps with PyTorch's align_corners=False coordinates."""
+"""Bilinear resizing of feature maps with PyTorch's align_corners=False coordinates, and its adaptive pooling."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msvmamba_jax.models.depthwise import accumulator_dtype
+
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes x (b, h, w, d) to (b, height, width, d), without antialiasing, in the dtype of `x`."""
     return _resize_axis(_resize_axis(x, 1, height), 2, width)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Means of x (b, h, w, d) over a grid of size x size cells, (b, size, size, d), in the dtype of `x`.
+
+    Cell i of n positions covers floor(i n / size) to ceil((i + 1) n / size): neighbours overlap where `size` does not
+    divide n, and a map smaller than the grid is repeated.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    rows, columns = (jnp.asarray(_pooling_matrix(n, size), dtype) for n in x.shape[1:3])
+    pooled = jnp.einsum("bhwd,ph,qw->bpqd", x.astype(dtype), rows, columns, precision=jax.lax.Precision.HIGHEST)
+    return pooled.astype(x.dtype)
+
+
+def _pooling_matrix(old: int, new: int) -> np.ndarray:
+    """(new, old) weights; each row is the mean over one cell."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        start, stop = i * old // new, -(-(i + 1) * old // new)
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
 
 
 def _resize_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
