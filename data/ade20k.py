@@ -1,8 +1,8 @@
 """The 150 classes of ADE20K's scene parsing benchmark (ADEChallengeData2016), their names and colours.
 
-``ade20k_classes.txt`` holds one class a line in the order of the label indices: red, green, blue, name. The names are the
-first of the synonyms in ``objectInfo150.txt`` and the colours those of ``color150.mat``, both from the benchmark's
-repository (github.com/CSAILVision/sceneparsing); mmsegmentation has the same, but for its "television receiver", which
+``ade20k_classes.txt`` holds one class a line in the order of the label indices: red, green, blue, name. The names are
+the first of the synonyms in ``objectInfo150.txt`` and the colours those of ``color150.mat``, both from the benchmark's
+repository (github.com/CSAILVision/sceneparsing); mmsegmentation has the same ones but for "television receiver", which
 is taken here. Road (6) and skyscraper (48) share a colour.
 """
 
