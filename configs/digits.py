@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
             "freeze_backbone": False,  # train the head alone
             "batch_size": 64,  # over all devices
-            "evaluation_batch_size": 0,  # 0: as in training
+            "evaluation_per_device": 0,  # images at a time in an evaluation; 0: as in training
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory

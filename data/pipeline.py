@@ -15,10 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 from absl import flags
 
-from msvmamba_jax.data import digits, folder, tfds
-from msvmamba_jax.data.augment import Augmentation
-from msvmamba_jax.data.encoded import DecodedImages, EncodedImages
-from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 
 Record = dict[str, Any]  # such as {"image": uint8 (height, width, 3), "label": int}
@@ -75,33 +71,6 @@ class EvaluationPlan:
     rows: np.ndarray
     shapes: int
     images: int
-
-
-def load_dataset(config: Mapping[str, Any]) -> Dataset:
-    """Loads the data set that a configuration names.
-
-    Args:
-        config: a mapping or `ml_collections.ConfigDict`: ``source`` names the data set, the other keys are its options.
-            ``workers``, which is for `train_batches`, may stand there too. Known sources and their options:
-
-            - "digits": none.
-            - "folder": ``root``, the folder with ``train`` and ``val``; see `folder`.
-            - "tfds": ``name``, and where they differ from the defaults ``data_dir``, ``train_split`` ("train") and
-              ``evaluation_split`` ("validation"); see `tfds.load_prepared`.
-
-            The latter two also take ``size`` (224) and ``resize`` (256) of `Preprocessing`; ``interpolation``
-            ("bicubic"), for both parts; and ``randaugment`` ("rand-m9-mstd0.5-inc1"; empty: none), ``scale``, ``ratio``
-            and ``flip`` of `Augmentation`.
-
-    Raises:
-        InputError: the source or an option is unknown, or the data cannot be read.
-    """
-    options = dict(config.items())
-    options.pop("workers", None)
-    source = options.pop("source", None)
-    if source not in _LOADERS:
-        raise InputError(f"Unknown data source {source!r}; known are {', '.join(map(repr, _LOADERS))}.")
-    return _LOADERS[source](options)
 
 
 def train_steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
@@ -229,84 +198,6 @@ def evaluation_batches(
     return _iterate(iter(batches.to_iter_dataset(_thread_options(grain))))
 
 
-def _digits(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("digits", options, ())
-    train, evaluation = digits.load_digits()
-    return Dataset(
-        train=train,
-        evaluation=evaluation,
-        class_names=digits.CLASS_NAMES,
-        preprocessing=digits.PREPROCESSING,
-        augment=digits.augment,
-        prepare=functools.partial(cropped, digits.PREPROCESSING),
-    )
-
-
-def _folder(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("folder", options, ("root", *_IMAGE_OPTIONS))
-    preprocessing, augment = _image_transforms(options)
-    return _image_dataset(*folder.load_folder(options.get("root")), preprocessing, augment)
-
-
-def _tfds(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("tfds", options, ("name", "data_dir", "train_split", "evaluation_split", *_IMAGE_OPTIONS))
-    if not options.get("name"):
-        raise InputError("The data source 'tfds' needs the name of a data set: --config.data.name=imagenet2012.")
-    preprocessing, augment = _image_transforms(options)
-    parts = tfds.load_prepared(
-        options["name"],
-        data_dir=options.get("data_dir") or None,
-        train_split=options.get("train_split", "train"),
-        evaluation_split=options.get("evaluation_split", "validation"),
-    )
-    return _image_dataset(*parts, preprocessing, augment)
-
-
-_IMAGE_OPTIONS = ("size", "resize", "interpolation", "randaugment", "scale", "ratio", "flip")
-
-
-def _image_transforms(options: Mapping[str, Any]) -> tuple[Preprocessing, Augmentation]:
-    given = {name: options[name] for name in _IMAGE_OPTIONS if name in options}
-    preprocessing = Preprocessing(
-        **{name: given[name] for name in ("size", "resize", "interpolation") if name in given}
-    )
-    given.pop("resize", None)
-    if "randaugment" in given:
-        given["randaugment"] = given["randaugment"] or None  # On a command line None can only be written as "".
-    return preprocessing, Augmentation(**given)
-
-
-def _image_dataset(
-    train: EncodedImages,
-    evaluation: EncodedImages,
-    class_names: tuple[str, ...],
-    preprocessing: Preprocessing,
-    augment: Augmentation,
-) -> Dataset:
-    return Dataset(
-        train=DecodedImages(train, training=True),
-        evaluation=DecodedImages(evaluation, training=False),
-        class_names=class_names,
-        preprocessing=preprocessing,
-        augment=augment,
-        prepare=functools.partial(cropped, preprocessing),
-    )
-
-
-def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := [name for name in options if name not in known]:
-        listed = f"; it has {', '.join(known)}" if known else ""
-        raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
-
-
-# The data sets by the name that a configuration's `source` gives them; each takes its options and rejects unknown ones.
-_LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
-    "digits": _digits,
-    "folder": _folder,
-    "tfds": _tfds,
-}
-
-
 def _import_grain() -> Any:
     try:
         import grain
@@ -342,11 +233,6 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
     if batch_size % process_count:
         raise InputError(f"batch_size {batch_size} does not divide among {process_count} processes: choose a multiple.")
     return batch_size // process_count
-
-
-def cropped(preprocessing: Preprocessing, record: Record) -> Record:
-    """The record with its image as the preprocessing crops it."""
-    return {**record, "image": preprocessing.crop(record["image"])}
 
 
 def _arrays(example: Record) -> Record:

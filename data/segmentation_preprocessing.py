@@ -40,6 +40,11 @@ class SegmentationPreprocessing:
         if min(self.std) <= 0:
             raise InputError(f"Preprocessing: std must be positive, not {self.std!r}.")
 
+    @property
+    def nominal_size(self) -> tuple[int, int]:
+        """Height and width for which costs are stated: those of the scale, on its side."""
+        return self.scale[1], self.scale[0]
+
     def to_json(self) -> dict[str, Any]:
         """The settings as numbers and lists, as `json` writes and reads them."""
         return {name: list(value) for name, value in dataclasses.asdict(self).items()}

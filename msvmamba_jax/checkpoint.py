@@ -24,11 +24,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import BackboneConfig
-from msvmamba_jax.models.flops import Flops, classifier_flops
+from msvmamba_jax.models.flops import Flops, classifier_flops, segmenter_flops
 from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, merge
-from msvmamba_jax.models.variants import backbone_config, create_model
+from msvmamba_jax.models.variants import backbone_config, create_model, create_segmenter
 
 FORMAT = 1
 BACKBONE_OPTIONS = ("width", "depths", "states", "drop_path")  # of a variant, those that can be given other values
@@ -48,6 +49,7 @@ class Kind:
         class_layers: beginnings of the names of the weights of layers with an output for each class.
         preprocessing: how images are prepared: a class with `to_json`, `from_json` and `nominal_size`.
         flops: of a model: (backbone, the description's `model`, height, width).
+        batch_normalised: whether models have batch statistics, and `create` takes the `axis` that they average over.
     """
 
     create: Callable[..., Any]
@@ -55,6 +57,7 @@ class Kind:
     class_layers: tuple[str, ...]
     preprocessing: Any
     flops: Callable[[BackboneConfig, Mapping[str, Any], int, int], Flops]
+    batch_normalised: bool = False
 
     @property
     def model_options(self) -> tuple[str, ...]:
@@ -69,6 +72,16 @@ KINDS: dict[str, Kind] = {
         class_layers=("head.",),
         preprocessing=Preprocessing,
         flops=lambda config, model, height, width: classifier_flops(config, model["num_classes"], height, width),
+    ),
+    "segmentation": Kind(
+        create=create_segmenter,
+        options=("channels", "auxiliary_channels"),
+        class_layers=("decode_head.classifier.", "auxiliary_head.classifier."),
+        preprocessing=SegmentationPreprocessing,
+        flops=lambda config, model, height, width: segmenter_flops(
+            config, height, width, **{k: v for k, v in model.items() if k in ("num_classes", "channels")}
+        ),
+        batch_normalised=True,
     ),
 }
 

@@ -31,17 +31,18 @@ _NAMES = {"raw": "raw weights", "ema": "averaged weights"}
 
 def _main() -> None:
     from msvmamba_jax.checkpoint import available_weights, build_model, find_checkpoint, load_checkpoint
-    from msvmamba_jax.data.pipeline import evaluation_batches, load_dataset, plan_evaluation
+    from msvmamba_jax.data.datasets import load_dataset
+    from msvmamba_jax.data.pipeline import evaluation_batches, plan_evaluation
     from msvmamba_jax.models.parameters import count, get_parameters, get_weights
     from msvmamba_jax.tasks.registry import task_of_checkpoint
-    from msvmamba_jax.training.evaluation import evaluate
+    from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
     from msvmamba_jax.training.parallelism import make_layout
     from msvmamba_jax.training.step import predict_step
 
     config = _CONFIG.value
     folder = find_checkpoint(_CHECKPOINT.value)
     dataset = load_dataset(config.data)
-    batch_size = config.evaluation_batch_size or config.batch_size
+    batch_size = evaluation_batch_size(config)
     layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=batch_size)
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None

@@ -26,7 +26,8 @@ from msvmamba_jax import command
 from msvmamba_jax.data.augment import Augmentation, random_crop
 from msvmamba_jax.data.folder import load_folder
 from msvmamba_jax.data.images import decode_image
-from msvmamba_jax.data.pipeline import load_dataset, train_batches
+from msvmamba_jax.data.datasets import load_dataset
+from msvmamba_jax.data.pipeline import train_batches
 from msvmamba_jax.data.randaugment import OPERATIONS, RandAugment, operation_argument
 from msvmamba_jax.errors import InputError
 

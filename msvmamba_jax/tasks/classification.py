@@ -14,11 +14,11 @@ from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.inference import normalise
 from msvmamba_jax.pictures import prediction_sheet
 from msvmamba_jax.tasks.base import Batch, Mirror
 from msvmamba_jax.tasks.erasing import erase
 from msvmamba_jax.tasks.mixing import Mixing
+from msvmamba_jax.tasks.pixels import normalise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from msvmamba_jax.errors import InputError
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
 from msvmamba_jax.tasks.mixing import Mixing
+from msvmamba_jax.tasks.segmentation import Segmentation
 
 
 def make_task(config: Any, dataset: Dataset) -> Task:
@@ -64,10 +65,17 @@ def _classification(config: Any, description: Description) -> Task:
     )
 
 
+def _segmentation(config: Any, description: Description) -> Task:
+    return Segmentation(description=description, tta=config.data.tta)
+
+
 def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> None:
     if unknown := sorted(set(options) - known):
         raise InputError(f"unknown option of {key}: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
 
 
 # By the name that a configuration gives them; each takes the configuration and the description of the model.
-_TASKS: dict[str, Callable[[Any, Description], Task]] = {"classification": _classification}
+_TASKS: dict[str, Callable[[Any, Description], Task]] = {
+    "classification": _classification,
+    "segmentation": _segmentation,
+}

@@ -12,6 +12,7 @@ import tqdm
 from PIL import Image
 
 from msvmamba_jax.data.pipeline import Dataset, evaluation_batches, plan_evaluation
+from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.parameters import Tree
 from msvmamba_jax.tasks.base import Batch, Evaluator, Task
 from msvmamba_jax.training.parallelism import Layout
@@ -29,6 +30,17 @@ class Evaluation:
 
     evaluator: Evaluator
     picture: Image.Image | None
+
+
+def evaluation_batch_size(config: Any) -> int:
+    """Images at a time in an evaluation, over all devices.
+
+    Raises:
+        InputError: `config.evaluation_per_device` is negative.
+    """
+    if config.evaluation_per_device < 0:
+        raise InputError(f"config.evaluation_per_device must not be negative; got {config.evaluation_per_device}")
+    return config.evaluation_per_device * jax.device_count() or config.batch_size
 
 
 def evaluate(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from msvmamba_jax.checkpoint import Weights
+from msvmamba_jax.checkpoint import KINDS, Weights
 from msvmamba_jax.data.pipeline import Dataset, train_batches
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.kernels.selective_scan import preferred_implementation
@@ -24,7 +24,7 @@ from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, fl
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.durations import Clock, make_clock
-from msvmamba_jax.training.evaluation import evaluate
+from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
 from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmup_steps
 from msvmamba_jax.training.parallelism import make_layout
@@ -79,7 +79,7 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         clock.steps_of(name, config[name]) for name in ("log_every", "evaluate_every", "save_every")
     )
     _check(config)
-    evaluation_batch = config.evaluation_batch_size or config.batch_size
+    evaluation_batch = evaluation_batch_size(config)
     profile = Profile(config.profile, workdir)
 
     # Model and optimiser. Abstract: the state is made, or restored, in place.
@@ -88,6 +88,8 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         "remat": config.remat,
         "scan_implementation": config.scan_implementation or None,
     }
+    if KINDS[task.description.task].batch_normalised:
+        options["axis"] = layout.axis
     model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
     schedule = schedule_of(config, clock)
     optimizer = adamw(
@@ -228,11 +230,6 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
 def _check(config: Any) -> None:
     if config.accumulate < 1:
         raise InputError(f"config.accumulate must be at least 1; got {config.accumulate}")
-    if config.evaluation_batch_size < 0 or config.evaluation_batch_size % jax.device_count():
-        raise InputError(
-            f"config.evaluation_batch_size is {config.evaluation_batch_size}, which does not divide among "
-            f"{jax.device_count()} devices: choose a multiple, or 0"
-        )
     if config.batch_size % (config.accumulate * jax.device_count()):
         raise InputError(
             f"batch_size {config.batch_size} does not divide into {config.accumulate} parts "

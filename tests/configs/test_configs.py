@@ -10,7 +10,8 @@ from flax import nnx
 
 from msvmamba_jax import InputError
 from msvmamba_jax.data.augment import Augmentation
-from msvmamba_jax.data.pipeline import Dataset, load_dataset
+from msvmamba_jax.data.datasets import load_dataset
+from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.models.parameters import abstract_model
 from msvmamba_jax.models.variants import VARIANTS

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import encoded, pipeline
+from msvmamba_jax.data import datasets, encoded, pipeline
 from msvmamba_jax.data.encoded import DecodedImages
 from msvmamba_jax.data.folder import ImageFolder, load_folder
 from msvmamba_jax.data.pipeline import Batch, Dataset
@@ -48,7 +48,7 @@ def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(root: Path, **options: Any) -> Dataset:
-    return pipeline.load_dataset({"source": "folder", "root": str(root), "size": 16, "resize": 18, **options})
+    return datasets.load_dataset({"source": "folder", "root": str(root), "size": 16, "resize": 18, **options})
 
 
 def take(source: Dataset, count: int, **options: Any) -> list[Batch]:
@@ -230,7 +230,7 @@ def test_options_reach_the_transforms(root: Path) -> None:
     assert source.preprocessing == pipeline.Preprocessing(size=16, resize=18, interpolation="bilinear")
     expected = pipeline.Augmentation(16, "bilinear", None, (0.5, 1.0), (1.0, 1.0), 0.0)
     assert source.augment == expected
-    plain = pipeline.load_dataset({"source": "folder", "root": root, "workers": 3})
+    plain = datasets.load_dataset({"source": "folder", "root": root, "workers": 3})
     assert plain.augment == pipeline.Augmentation()
     assert plain.preprocessing == pipeline.Preprocessing()
     assert plain.augment.randaugment == "rand-m9-mstd0.5-inc1"
@@ -359,9 +359,9 @@ def test_the_warning_of_a_command_reaches_the_terminal(root: Path, workers: int)
         "import contextlib, itertools, sys\n"
         "from absl import app\n"
         "from msvmamba_jax import command\n"
-        "from msvmamba_jax.data import pipeline\n"
+        "from msvmamba_jax.data import datasets, pipeline\n"
         "def main():\n"
-        f"    source = pipeline.load_dataset({{'source': 'folder', 'root': {str(root)!r}, 'size': 16, 'resize': 16}})\n"
+        f"    source = datasets.load_dataset({{'source': 'folder', 'root': {str(root)!r}, 'size': 16, 'resize': 16}})\n"
         f"    batches = pipeline.train_batches(source, batch_size=15, seed=0, start_step=0, workers={workers})\n"
         "    with contextlib.closing(batches):\n"
         "        print(sum(int(batch['corrupt'].sum()) for batch in itertools.islice(batches, 3)))\n"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import pipeline
+from msvmamba_jax.data import datasets, pipeline
 from msvmamba_jax.data.images import read_image
 from msvmamba_jax.data.pipeline import Batch, Dataset
 from msvmamba_jax.data.preprocessing import Preprocessing
@@ -53,7 +53,7 @@ def numbers(train: int = 64, evaluation: int = 10, augment: Any = None) -> Datas
 def make(
     train: Any, evaluation: Any, names: tuple[str, ...], preprocessing: Preprocessing, augment: Any = None
 ) -> Dataset:
-    prepare = functools.partial(pipeline.cropped, preprocessing)
+    prepare = functools.partial(datasets.cropped, preprocessing)
     return Dataset(
         train=train,
         evaluation=evaluation,
@@ -94,7 +94,7 @@ def labels(batches: list[Batch]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return pipeline.load_dataset({"source": "digits"})
+    return datasets.load_dataset({"source": "digits"})
 
 
 def test_training_batch(digits: Dataset) -> None:
@@ -117,9 +117,9 @@ def test_workers_from_a_script(tmp_path: Path, digits: Dataset) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import itertools\n"
-        "from msvmamba_jax.data import pipeline\n"
+        "from msvmamba_jax.data import datasets, pipeline\n"
         "def main():\n"
-        "    dataset = pipeline.load_dataset({'source': 'digits'})\n"
+        "    dataset = datasets.load_dataset({'source': 'digits'})\n"
         "    batches = pipeline.train_batches(dataset, batch_size=8, seed=3, start_step=0, workers=2)\n"
         "    for batch in itertools.islice(batches, 3):\n"
         "        print(batch['label'].tolist(), int(batch['image'].sum()))\n"
@@ -325,7 +325,7 @@ def test_impossible_evaluation() -> None:
 
 def test_load_dataset_from_a_config() -> None:
     config = ml_collections.ConfigDict({"source": "digits", "workers": 2})
-    dataset = pipeline.load_dataset(config)
+    dataset = datasets.load_dataset(config)
     assert len(dataset.train) == 1437
     assert len(dataset.evaluation) == 360
     assert dataset.class_names == tuple("0123456789")
@@ -339,7 +339,7 @@ def test_load_dataset_from_a_config() -> None:
 )
 def test_unknown_source_or_option(config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pipeline.load_dataset(config)
+        datasets.load_dataset(config)
 
 
 def test_missing_grain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from msvmamba_jax import InputError
 from msvmamba_jax.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from msvmamba_jax.convert.names import to_original
-from msvmamba_jax.data.pipeline import load_dataset
+from msvmamba_jax.data.datasets import load_dataset
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, flatten, get_parameters, unflatten
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.loop import train

@@ -206,7 +206,7 @@ def test_full_disk_is_reported(run, tmp_path):
         ({"data.source": "imagenot"}, "Unknown data source"),
         ({"save_every": "0 steps"}, "save_every must be at least 1 step"),
         ({"evaluate_every": "7"}, "evaluate_every must be like"),
-        ({"evaluation_batch_size": -1}, "evaluation_batch_size is -1"),
+        ({"evaluation_per_device": -1}, "evaluation_per_device must not be negative"),
         ({"optimizer.warmup": "100 %"}, "not shorter than the run"),
         ({"scan_implementation": "quantum"}, "no scan implementation 'quantum'"),
         ({"dtype": "int8"}, "dtype"),
