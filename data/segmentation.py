@@ -37,14 +37,19 @@ class EncodedSegmentation(Protocol):
 
     def __len__(self) -> int: ...
 
+    def encoded(self, index: int, /) -> tuple[bytes, bytes, str, str]:
+        """The content of an image and of its label map, and how messages call the two, such as their paths.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+
     def image(self, index: int, /) -> IO[bytes]:
-        """The image file, open at its start."""
+        """The image alone, open at its start.
 
-    def labels(self, index: int, /) -> IO[bytes]:
-        """The label map's file, open at its start."""
-
-    def names(self, index: int, /) -> tuple[str, str]:
-        """How messages call the image and its label map, such as their paths."""
+        Raises:
+            InputError: it cannot be opened.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ class SegmentationRecords:
         if record is None:
             size = self.image_size(index)
             image, labels = np.zeros((*size, 3), np.uint8), np.full(size, IGNORED, np.uint8)
-            record = {"image": image, "labels": labels, "name": self.files.names(index)[0]}
+            record = {"image": image, "labels": labels, "name": self.files.encoded(index)[2]}
         return {**record, "corrupt": int(corrupt)}
 
     def image_size(self, index: int) -> tuple[int, int]:
@@ -95,16 +100,14 @@ class SegmentationRecords:
         """
         try:
             with self.files.image(index) as file:
-                return image_size(file, name=self.files.names(index)[0])
+                return image_size(file, name=f"of record {index}")
         except DamagedImageError:
             return 1, 1
 
     def _decode(self, index: int) -> dict[str, Any]:
-        image_name, labels_name = self.files.names(index)
-        with self.files.image(index) as file:
-            image = decode_image(file, name=image_name)
-        with self.files.labels(index) as file:
-            values = _decode_label_map(file.read(), name=labels_name)
+        image_content, labels_content, image_name, labels_name = self.files.encoded(index)
+        image = decode_image(image_content, name=image_name)
+        values = _decode_label_map(labels_content, name=labels_name)
         if values.shape != image.shape[:2]:
             raise InputError(
                 f"The label map {labels_name} has {values.shape[1]} x {values.shape[0]} pixels but its image "
@@ -147,18 +150,18 @@ class SegmentationFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def encoded(self, index: int) -> tuple[bytes, bytes, str, str]:
+        """See `EncodedSegmentation`."""
+        labels_path = os.path.join(self.labels_folder, labels_file(self.files[index]))
+        with self.image(index) as image, _open(labels_path, "label map") as labels:
+            return image.read(), labels.read(), self._image_path(index), labels_path
+
     def image(self, index: int) -> IO[bytes]:
         """See `EncodedSegmentation`."""
-        return _open(self.names(index)[0], "image")
+        return _open(self._image_path(index), "image")
 
-    def labels(self, index: int) -> IO[bytes]:
-        """See `EncodedSegmentation`."""
-        return _open(self.names(index)[1], "label map")
-
-    def names(self, index: int) -> tuple[str, str]:
-        """See `EncodedSegmentation`."""
-        file = self.files[index]
-        return os.path.join(self.images_folder, file), os.path.join(self.labels_folder, _labels_file(file))
+    def _image_path(self, index: int) -> str:
+        return os.path.join(self.images_folder, self.files[index])
 
 
 def load_segmentation_folder(
@@ -242,16 +245,17 @@ def _list_files(root: str, split: str) -> SegmentationFolder:
     if not files:
         raise InputError(f"The folder {images} holds no image ({', '.join(EXTENSIONS)}).")
     have = {path[len(os.path.join(annotations, "")) :] for path in image_files(annotations)}
-    if missing := [file for file in files if _labels_file(file) not in have]:
+    if missing := [file for file in files if labels_file(file) not in have]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise InputError(
             f"The image {os.path.join(images, missing[0])}{more} has no label map: add "
-            f"{os.path.join(annotations, _labels_file(missing[0]))}, or remove the image."
+            f"{os.path.join(annotations, labels_file(missing[0]))}, or remove the image."
         )
     return SegmentationFolder(images, annotations, tuple(files))
 
 
-def _labels_file(file: str) -> str:
+def labels_file(file: str) -> str:
+    """The label map's path for an image's."""
     return f"{os.path.splitext(file)[0]}.png"
 
 
