@@ -5,8 +5,9 @@ r"""UperNet on MSVMamba tiny for ADE20K's 150 classes, from an ImageNet checkpoi
     python -m msvmamba_jax.evaluate --config configs/ade20k_tiny.py --config.data.root=/datasets/ADEChallengeData2016 \
         --checkpoint runs/ade20k_tiny --config.data.tta=true
 
-The recipe, with every option, is in ade20k.py. Expected: 47.8 mIoU is what the original's authors report for this recipe (arXiv:2405.14174);
-this project has not trained it yet, so neither our score nor the cost in device hours is measured.
+The recipe, with every option, is in ade20k.py. Expected: 47.8 mIoU is what the original's authors report for this
+recipe (arXiv:2405.14174); this project has not trained it yet, so neither our score nor the cost in device hours is
+measured.
 """
 
 from ml_collections import ConfigDict

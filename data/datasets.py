@@ -6,14 +6,13 @@ import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from msvmamba_jax.data import digits, folder, segmentation, tfds
 from msvmamba_jax.data.augment import Augmentation
 from msvmamba_jax.data.encoded import DecodedImages, EncodedImages
 from msvmamba_jax.data.pipeline import Dataset, Record
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.data.resizing import resize_image, resize_labels
+from msvmamba_jax.data.segmentation import SegmentationRecords
 from msvmamba_jax.data.segmentation_augment import PhotometricDistortion, SegmentationAugmentation
 from msvmamba_jax.data.segmentation_preprocessing import TTA_RATIOS, SegmentationPreprocessing, prepare_tta
 from msvmamba_jax.errors import InputError
@@ -40,6 +39,9 @@ def load_dataset(config: Mapping[str, Any]) -> Dataset:
               `SegmentationPreprocessing`; ``crop``, ``factor``, ``max_class_part`` and ``flip`` of
               `SegmentationAugmentation`, and ``distort`` (true), whether it changes colours; ``tta`` (false), whether
               evaluation takes an image at all of `TTA_RATIOS`; and ``bucket`` (0), see `segmentation_example`.
+            - "segmentation_tfds": ADE20K as `scripts/prepare_ade20k.py` prepares it: ``data_dir``, and where they
+              differ from the defaults ``name``, ``train_split`` and ``evaluation_split`` of
+              `tfds.load_prepared_segmentation`; and the same options from ``scale`` on.
 
     Raises:
         InputError: the source or an option is unknown, or the data cannot be read.
@@ -122,19 +124,34 @@ def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str
         raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
 
 
-_SEGMENTATION_OPTIONS = (
-    "root", "class_names", "reduce_zero_label", "scale", "crop", "factor", "max_class_part", "flip", "distort", "tta",
-    "bucket",
-)  # fmt: skip
+_SEGMENTATION_OPTIONS = ("scale", "crop", "factor", "max_class_part", "flip", "distort", "tta", "bucket")
 
 
 def _segmentation_folder(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("segmentation_folder", options, _SEGMENTATION_OPTIONS)
-    train, evaluation, class_names = segmentation.load_segmentation_folder(
+    known = ("root", "class_names", "reduce_zero_label", *_SEGMENTATION_OPTIONS)
+    _reject_unknown("segmentation_folder", options, known)
+    parts = segmentation.load_segmentation_folder(
         options.get("root"),
         class_names=options.get("class_names") or None,
         reduce_zero_label=options.get("reduce_zero_label"),
     )
+    return _segmentation_dataset(*parts, options)
+
+
+def _segmentation_tfds(options: Mapping[str, Any]) -> Dataset:
+    names = ("name", "train_split", "evaluation_split")
+    _reject_unknown("segmentation_tfds", options, ("data_dir", *names, *_SEGMENTATION_OPTIONS))
+    given = {name: options[name] for name in names if options.get(name)}
+    parts = tfds.load_prepared_segmentation(data_dir=options.get("data_dir") or None, **given)
+    return _segmentation_dataset(*parts, options)
+
+
+def _segmentation_dataset(
+    train: SegmentationRecords,
+    evaluation: SegmentationRecords,
+    class_names: tuple[str, ...],
+    options: Mapping[str, Any],
+) -> Dataset:
     given = {name: options[name] for name in ("crop", "scale", "factor", "max_class_part", "flip") if name in options}
     augment = SegmentationAugmentation(
         **given, distortion=PhotometricDistortion() if options.get("distort", True) else None
@@ -178,15 +195,13 @@ def segmentation_example(preprocessing: SegmentationPreprocessing, tta: bool, bu
 
 
 def _segmentation_shapes(
-    records: segmentation.SegmentationRecords, preprocessing: SegmentationPreprocessing, bucket: int
+    records: SegmentationRecords, preprocessing: SegmentationPreprocessing, bucket: int
 ) -> Sequence[Hashable]:
     sizes = [records.image_size(index) for index in range(len(records))]
     return [_bucket_of(preprocessing, bucket, *size) for size in sizes] if bucket else sizes
 
 
-def _bucket_of(
-    preprocessing: SegmentationPreprocessing, bucket: int, height: int, width: int
-) -> tuple[int, int]:
+def _bucket_of(preprocessing: SegmentationPreprocessing, bucket: int, height: int, width: int) -> tuple[int, int]:
     height, width = preprocessing.prepared_size(height, width)
     return max(bucket, round(height / bucket) * bucket), max(bucket, round(width / bucket) * bucket)
 
@@ -201,5 +216,6 @@ _LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "digits": _digits,
     "folder": _folder,
     "segmentation_folder": _segmentation_folder,
+    "segmentation_tfds": _segmentation_tfds,
     "tfds": _tfds,
 }

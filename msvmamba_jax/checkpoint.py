@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
         class_layers=("decode_head.classifier.", "auxiliary_head.classifier."),
         preprocessing=SegmentationPreprocessing,
         flops=lambda config, model, height, width: segmenter_flops(
-            config, height, width, **{k: v for k, v in model.items() if k in ("num_classes", "channels")}
+            config, model["num_classes"], height, width, **{k: v for k, v in model.items() if k == "channels"}
         ),
         batch_normalised=True,
     ),
@@ -188,6 +188,24 @@ def find_checkpoint(path: str | Path) -> Path:
     return max(steps, key=lambda step: (_score(step), int(step.name)))
 
 
+def read_description(path: str | Path) -> Description:
+    """What the checkpoint at `path` is, without its weights.
+
+    Args:
+        path: see `find_checkpoint`.
+
+    Raises:
+        InputError: there is no checkpoint, or its description cannot be read.
+    """
+    folder = find_checkpoint(path)
+    try:
+        return Description.from_json(json.loads((folder / "model" / "metadata").read_text()))
+    except InputError as error:
+        raise InputError(f"cannot read the checkpoint {folder}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete ({error})") from error
+
+
 def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[Description, Tree]:
     """Reads a checkpoint's description and one set of its weights as NumPy arrays.
 
@@ -199,8 +217,8 @@ def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[D
         InputError: there is no checkpoint, it lacks these weights, or it cannot be read.
     """
     folder = find_checkpoint(path)
+    description = read_description(folder)
     try:
-        description = Description.from_json(json.loads((folder / "model" / "metadata").read_text()))
         trees = _stored_trees(folder)
         name = _TREES[weights or ("ema" if "ema" in trees else "raw")]
         if name not in trees:

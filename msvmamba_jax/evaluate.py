@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -20,7 +20,9 @@ from msvmamba_jax import command
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: gives the data.", lock_config=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint folder, or the workdir of a run.", required=True)
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["raw", "ema"], "Evaluate only these; by default all there are.")
-_PER_CLASS = flags.DEFINE_bool("per_class", False, "Also print a row for each class.")
+_PER_CLASS = flags.DEFINE_bool(
+    "per_class", None, "Print a row for each class; by default for all tasks but classification."
+)
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything, with a row for each class, to this file.")
 flags.mark_flag_as_required("config")
@@ -69,8 +71,8 @@ def _main() -> None:
         ).evaluator
         report[kind] = {**evaluator.result(), "per_class": evaluator.per_class()}
         print(f"{_NAMES[kind]}: {evaluator.sentence()}", flush=True)
-        if _PER_CLASS.value:
-            _print_rows(report[kind]["per_class"])
+        if _PER_CLASS.value if _PER_CLASS.value is not None else config.task != "classification":
+            print(command.table(report[kind]["per_class"]))
     if _THROUGHPUT.value:
         batch = next(evaluation_batches(dataset, plan_evaluation(dataset, batch_size=batch_size)))
         del batch["mask"]
@@ -99,21 +101,6 @@ def _throughput(predict: Any, parameters: Any, batch: Any, batch_size: int) -> d
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
     }
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table; fractions in per cent."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.2%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    table = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *rest in table:
-        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
 
 
 def _print_throughput(speed: Mapping[str, Any]) -> None:

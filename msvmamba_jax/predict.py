@@ -23,8 +23,8 @@ def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m msvmamba_jax.predict",
         description="Classify or segment images: JPEG, PNG and other formats, of any size and colour mode. Prints the "
-        "most probable classes of each, or those that take up most of it; with --output also writes predictions.json and "
-        "pictures: for classification predictions.png, for segmentation an overlay and a label map for each image.",
+        "most probable classes of each, or those that take up most of it; with --output also writes predictions.json "
+        "and pictures: for classification predictions.png, for segmentation an overlay and a label map for each image.",
     )
     parser.add_argument("checkpoint", help="a checkpoint folder, or the workdir of a training run")
     parser.add_argument("images", nargs="+", help="image files, or folders to search")
@@ -37,6 +37,7 @@ def _main() -> int:
     )
     arguments = parser.parse_args()
 
+    from msvmamba_jax.checkpoint import read_description
     from msvmamba_jax.data.images import find_images
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.inference import inference_function
@@ -48,15 +49,19 @@ def _main() -> int:
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: give a folder")
     images = Images(find_images(arguments.images))
+    task = read_description(arguments.checkpoint).task
     infer = inference_function(
-        arguments.checkpoint, resize=True, weights=arguments.weights, dtype=arguments.dtype
+        arguments.checkpoint,
+        resize=task != "classification",  # whose images are cropped here, to one shape
+        weights=arguments.weights,
+        dtype=arguments.dtype,
     )
     by_task = {"classification": _classify, "segmentation": _segment}
-    predictions = by_task[infer.description.task](infer, images, arguments, output)
+    predictions = by_task[task](infer, images, arguments, output)
     if output is not None and predictions:
         output.mkdir(parents=True, exist_ok=True)
         command.write_json(output / "predictions.json", predictions)
-        print(f"wrote {output / 'predictions.json'} and {_PICTURES[infer.description.task].format(output)}")
+        print(f"wrote {output / 'predictions.json'} and {_PICTURES[task].format(output)}")
     return 1 if images.unreadable else 0
 
 

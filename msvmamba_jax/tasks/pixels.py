@@ -57,8 +57,8 @@ def resize_and_crop(images: jax.Array, preprocessing: Preprocessing) -> jax.Arra
 def resize_within(images: jax.Array, preprocessing: SegmentationPreprocessing) -> jax.Array:
     """`SegmentationPreprocessing.prepare` on a batch of arrays.
 
-    Bilinear and not antialiased, as OpenCV; uint8 images are rounded, and differ from its fixed-point result by one step
-    in few values.
+    Bilinear and not antialiased, as OpenCV; uint8 images are rounded, and differ from its fixed-point result by one
+    step in few values.
 
     Args:
         images: (b, height, width, 3), uint8 or floating point.

@@ -120,7 +120,8 @@ def pixel_probabilities(model: Any, images: jax.Array, height: int, width: int, 
     """
     logits = model(images[:, :, ::-1] if flip else images)
     logits = logits[:, :, ::-1] if flip else logits  # as after resizing, which knows no left and right
-    return jax.nn.softmax(resize_bilinear_twice(logits, images.shape[1:3], height, width))
+    _, rows, columns, _ = images.shape
+    return jax.nn.softmax(resize_bilinear_twice(logits, (rows, columns), height, width))
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

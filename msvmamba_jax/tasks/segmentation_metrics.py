@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class SegmentationEvaluator:
         `mIoU` is the mean over the classes that occur in the labels or the predictions, `mean_accuracy` that over the
         classes that occur in the labels, `pixel_accuracy` counts all labelled pixels alike.
         """
-        scores = self.per_class()
+        scores = self.scores()
         return {
             "mIoU": _mean([score.iou for score in scores]),
             "mean_accuracy": _mean([score.accuracy for score in scores]),
@@ -85,7 +85,7 @@ class SegmentationEvaluator:
             "images": self.images,
         }
 
-    def per_class(self) -> list[ClassScore]:
+    def scores(self) -> list[ClassScore]:
         """The scores of every class, in the order of the labels."""
         found, truth, predicted = self.confusion.diagonal(), self.confusion.sum(axis=1), self.confusion.sum(axis=0)
         return [
@@ -95,15 +95,17 @@ class SegmentationEvaluator:
             )
         ]
 
+    def per_class(self) -> list[dict[str, Any]]:
+        """`scores` as plain JSON values."""
+        return [score._asdict() for score in self.scores()]
 
-def class_table(scores: Sequence[ClassScore]) -> str:
-    """The scores as lines for a terminal, in per cent, the classes in the order given."""
-    total = max(sum(score.pixels for score in scores), 1)
-    width = max([len("class"), *(len(score.name) for score in scores)])
-    lines = [f"{'class':{width}}     IoU  accuracy  of pixels"]
-    for name, iou, accuracy, pixels in scores:
-        lines.append(f"{name:{width}}  {_percent(iou):>6}  {_percent(accuracy):>8}  {_percent(pixels / total):>9}")
-    return "\n".join(lines)
+    def sentence(self) -> str:
+        """See `Evaluator`."""
+        result = self.result()
+        return (
+            f"mIoU {result['mIoU']:.2%}, mean accuracy {result['mean_accuracy']:.2%}, "
+            f"pixel accuracy {result['pixel_accuracy']:.2%} on {self.images:,} images"
+        )
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -114,7 +116,3 @@ def _mean(values: Sequence[float | None]) -> float:
     """Of those that are defined; 0 where none is."""
     defined = [value for value in values if value is not None]
     return math.fsum(defined) / max(len(defined), 1)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"

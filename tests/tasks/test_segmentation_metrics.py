@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.tasks.segmentation_metrics import ClassScore, SegmentationEvaluator, class_table, confusion
+from msvmamba_jax.command import table
+from msvmamba_jax.tasks.segmentation_metrics import ClassScore, SegmentationEvaluator, confusion
 
 
 def counted(prediction, labels, classes):
@@ -117,12 +118,13 @@ def test_perfect_and_empty():
     assert empty.result()["images"] == 0
 
 
-def test_table():
-    assert class_table(evaluated().per_class()) == (
-        "class              IoU  accuracy  of pixels\n"
-        "sky              42.86     66.67      42.86\n"
-        "sea              70.00     87.50      38.10\n"
-        "never                -         -       0.00\n"
-        "only predicted    0.00         -       0.00\n"
-        "always missed     0.00      0.00      19.05"
+def test_rows_of_a_table():
+    assert table(evaluated().per_class()) == (
+        "name               iou  accuracy  pixels\n"
+        "sky             42.86%    66.67%       9\n"
+        "sea             70.00%    87.50%       8\n"
+        "never                -         -       0\n"
+        "only predicted   0.00%         -       0\n"
+        "always missed    0.00%     0.00%       4"
     )
+    assert evaluated().sentence().startswith("mIoU 28.21%, mean accuracy 51.39%, pixel accuracy 61.90% on ")

@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 from msvmamba_jax import InputError, create_model
 from msvmamba_jax.convert.names import to_original
 from msvmamba_jax.models.parameters import abstract_model, flatten, get_parameters
+from msvmamba_jax.models.variants import create_segmenter
 from msvmamba_jax.training.durations import Clock
 from msvmamba_jax.training.optimizer import (
     adamw,
+    all_but_norms,
     all_but_vectors,
     cosine_schedule,
     linear_schedule,
@@ -87,6 +89,19 @@ def test_weight_decay_groups_equal_the_recorded_ones(parity):
     assert sorted(original) == sorted(groups["decay"] + groups["no_decay"])
     assert all((original[name] == 1).all() for name in groups["decay"])
     assert all((original[name] == 0).all() for name in groups["no_decay"])
+
+
+def test_norms_of_a_segmenter_do_not_decay(parity):
+    """The original's rule: what has "norm" in its name, and it calls 74 tensors of nano so."""
+    manifest = parity.json("segmentation/nano.json")["manifest"]
+    parameters = get_parameters(abstract_model(lambda: create_segmenter("msvmamba_nano", rngs=nnx.Rngs(0))))
+    shapes = dict(flatten(parameters))
+    flags = {name: np.full(shapes[name].shape, decays, np.int8) for name, decays in flatten(all_but_norms(parameters))}
+    original = to_original(flags, "multi_scale", "segmentation")
+    kept = {name for name, flag in original.items() if not flag.any()}
+    assert kept == {name for name in manifest if "norm" in name}
+    assert len(kept) == 74
+    assert all(flag.all() for name, flag in original.items() if name not in kept)
 
 
 # optax itself mixes dtypes
