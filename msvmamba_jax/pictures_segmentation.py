@@ -132,6 +132,7 @@ def _distinct_colours() -> np.ndarray:
     # Neither so dark nor so pale that they look like the image's own shades.
     fit = (lab[:, 0] > 0.4) & (lab[:, 0] < 0.93) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.04)
     colours, lab = colours[fit], lab[fit]
+    lab[:, 0] /= 2  # over an image of any brightness this tells less
     chosen = [int(np.argmax(np.hypot(lab[:, 1], lab[:, 2])))]
     distance = np.full(len(lab), np.inf)
     while len(chosen) < 256:
