@@ -236,8 +236,12 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
 
 
 def _arrays(example: Record) -> Record:
-    """The fields of an example as arrays; Python's integers become int32."""
-    return {name: np.int32(value) if isinstance(value, int) else np.asarray(value) for name, value in example.items()}
+    """The fields of an example as arrays; Python's integers become int32, and texts (names of files) are left out."""
+    return {
+        name: np.int32(value) if isinstance(value, int) else np.asarray(value)
+        for name, value in example.items()
+        if not isinstance(value, str)
+    }
 
 
 def _evaluation_batch(dataset: Dataset, process_index: int, process_count: int, rows: np.ndarray) -> Batch:

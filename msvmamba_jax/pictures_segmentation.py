@@ -94,6 +94,29 @@ def segmentation_overlay(
     return sheet
 
 
+def segmentation_sheet(
+    examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str]
+) -> Image.Image:
+    """Draws several images, one below the other, each with the classes found and the true ones.
+
+    Args:
+        examples: for each an image, uint8 (h, w, 3); the predicted classes, (height, width); and the true ones, of the
+            same size. The image is enlarged or reduced to that.
+        class_names: the name of every class.
+    """
+    palette = class_palette(class_names)
+    panels = [
+        segmentation_overlay(
+            np.asarray(Image.fromarray(image).resize(labels.shape[::-1])), labels, class_names, palette, truth=truth
+        )
+        for image, labels, truth in examples
+    ]
+    sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), PAPER)
+    for index, panel in enumerate(panels):
+        sheet.paste(panel, (0, sum(p.height for p in panels[:index])))
+    return sheet
+
+
 def _numbers(draw: ImageDraw.ImageDraw, right: Sequence[float], y: float, shares: np.ndarray, font: Any) -> None:
     for x, share in zip(right, shares, strict=True):
         text = f"{100 * share:.1f} %" if share else "-"

@@ -135,10 +135,10 @@ def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: 
     """Prints a line for each image, and saves its overlay and its label map."""
     from PIL import Image
 
-    from msvmamba_jax.pictures import palette_of, segmentation_overlay
+    from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay
 
     names = infer.class_names
-    palette = palette_of(names)
+    palette = class_palette(names)
     predictions: list[dict[str, Any]] = []
     taken: set[str] = set()
     for path, image in images:
@@ -151,7 +151,7 @@ def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: 
         if output is not None:
             stem = _free_name(path.stem, taken)
             label_map = Image.fromarray(labels.astype(np.uint8), "P")
-            label_map.putpalette(np.asarray(palette, np.uint8).tobytes())
+            label_map.putpalette(palette.tobytes())
             for kind, picture in (
                 ("overlay", segmentation_overlay(image, labels, names, palette)),
                 ("labels", label_map),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.models.resize import resize_bilinear, resize_bilinear_twice
-from msvmamba_jax.pictures import segmentation_sheet
+from msvmamba_jax.pictures_segmentation import segmentation_sheet
 from msvmamba_jax.tasks.base import Batch, Mirror
 from msvmamba_jax.tasks.pixels import normalise
 from msvmamba_jax.tasks.segmentation_metrics import SegmentationEvaluator, confusion
