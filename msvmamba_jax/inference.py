@@ -16,7 +16,7 @@ from msvmamba_jax.checkpoint import Description, Weights, build_model, load_chec
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.parameters import Tree, bind, get_weights
 from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
-from msvmamba_jax.tasks.segmentation import pixel_probabilities
+from msvmamba_jax.tasks.segmentation import pixel_logits
 
 Predictions = dict[str, jax.Array]
 
@@ -102,7 +102,8 @@ def _classify(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -
 
 def _segment(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
     resized = resize_within(images, preprocessing) if resize else images
-    probabilities = pixel_probabilities(model, normalise(resized, preprocessing), *images.shape[1:3])
+    _, height, width, _ = images.shape
+    probabilities = jax.nn.softmax(pixel_logits(model, normalise(resized, preprocessing), height, width))
     return {
         "probabilities": jnp.max(probabilities, axis=-1),
         "labels": jnp.argmax(probabilities, axis=-1).astype(jnp.int32),

@@ -82,13 +82,17 @@ class Segmentation:
             height: of the result.
             width: of the result.
         """
-        total = jnp.zeros((images[0].shape[0], height, width, model.num_classes))
-        for image in images:
-            normalised = normalise(image, self.description.preprocessing)
-            total = total + pixel_probabilities(model, normalised, height, width)
-            if self.tta:
-                total = total + pixel_probabilities(model, normalised, height, width, flip=True)
-        return jnp.argmax(total, axis=-1).astype(jnp.uint8)
+        normalised = [normalise(image, self.description.preprocessing) for image in images]
+        if not self.tta and len(normalised) == 1:
+            scores = pixel_logits(model, normalised[0], height, width)
+        else:
+            flips = (False, True) if self.tta else (False,)
+            scores = sum(
+                jax.nn.softmax(pixel_logits(model, image, height, width, flip=flip))
+                for image in normalised
+                for flip in flips
+            )
+        return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
     def evaluator(self) -> SegmentationEvaluator:
         """See `Task`."""
@@ -103,10 +107,10 @@ class Segmentation:
         )
 
 
-def pixel_probabilities(model: Any, images: jax.Array, height: int, width: int, *, flip: bool = False) -> jax.Array:
-    """The probabilities of all classes in each pixel.
+def pixel_logits(model: Any, images: jax.Array, height: int, width: int, *, flip: bool = False) -> jax.Array:
+    """The logits of all classes in each pixel.
 
-    As in the original, logits are resized to the size of the images, and from there to the size asked for.
+    As in the original, they are resized to the size of the images, and from there to the size asked for.
 
     Args:
         model: a segmenter.
@@ -121,7 +125,7 @@ def pixel_probabilities(model: Any, images: jax.Array, height: int, width: int, 
     logits = model(images[:, :, ::-1] if flip else images)
     logits = logits[:, :, ::-1] if flip else logits  # as after resizing, which knows no left and right
     _, rows, columns, _ = images.shape
-    return jax.nn.softmax(resize_bilinear_twice(logits, (rows, columns), height, width))
+    return resize_bilinear_twice(logits, (rows, columns), height, width)
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
