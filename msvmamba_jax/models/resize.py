@@ -14,6 +14,17 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     return _resize_axis(_resize_axis(x, 1, height), 2, width)
 
 
+def resize_bilinear_twice(x: jax.Array, between: tuple[int, int], height: int, width: int) -> jax.Array:
+    """`resize_bilinear` to the size `between`, then to (height, width), without a map of the size in between.
+
+    Both are linear and separate along the axes, so two matrices make one.
+    """
+    for axis, middle, size in ((1, between[0], height), (2, between[1], width)):
+        matrix = _interpolation_matrix(middle, size) @ _interpolation_matrix(x.shape[axis], middle)
+        x = _times(jnp.asarray(matrix, x.dtype), x, axis)
+    return x
+
+
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """Means of x (b, h, w, d) over a grid of size x size cells, (b, size, size, d), in the dtype of `x`.
 
@@ -42,8 +53,13 @@ def _resize_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     if size == 2 * old:
         return _double(x, axis)
     weights = jnp.asarray(_interpolation_matrix(old, size), x.dtype)
-    resized = jnp.tensordot(weights, x, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)
-    return jnp.moveaxis(resized, 0, axis)
+    return _times(weights, x, axis)
+
+
+def _times(matrix: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """The matrix (new, old) applied along an axis of length old."""
+    product = jnp.tensordot(matrix, x, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, 0, axis)
 
 
 def _double(x: jax.Array, axis: int) -> jax.Array:
