@@ -67,7 +67,7 @@ class BatchNorm(nnx.Module):
         var = self._mean_over_devices(jnp.mean(jnp.square(rows - mean), axis=0))
         for running, new in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
             moved = (1 - self.MOMENTUM) * running[...].astype(new.dtype) + self.MOMENTUM * jax.lax.stop_gradient(new)
-            running[...] = moved.astype(running[...].dtype)
+            running.set_value(moved.astype(running[...].dtype))  # not in place: it may be an array of NumPy
         return mean, var
 
     def _mean_over_devices(self, x: jax.Array) -> jax.Array:

@@ -148,6 +148,6 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array
     hot = labels[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
     of_label = jnp.sum(jnp.where(hot, logits, 0), axis=-1)
     entropy = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - of_label, 0)
-    correct = jnp.sum(counted & (jnp.argmax(logits, axis=-1) == labels), dtype=logits.dtype)
+    correct = jnp.sum(counted & (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels), dtype=logits.dtype)
     accuracy = correct / jnp.maximum(jnp.sum(counted, dtype=logits.dtype), 1)
     return jnp.mean(entropy), accuracy

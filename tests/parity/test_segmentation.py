@@ -32,6 +32,10 @@ from msvmamba_jax.models.variants import create_segmenter
 from msvmamba_jax.tasks.segmentation import AUXILIARY_WEIGHT, IGNORED, pixel_cross_entropy
 
 TOLERANCE = 1e-4  # relative L2 of arrays, absolute of losses; float32
+# The head has three million ReLUs. Some inputs are closer to zero than float32 rounds, and where one falls to the other
+# side than in the recording, the gradients of all before it differ by up to 7e-4. Against float64 the recording of tiny
+# has one such itself, and all that is not before it agrees to 4e-6.
+RELU_TOLERANCE = 1e-3
 
 # Steps over channels, and over rows and columns, of what is stored of each map.
 SLICES = {
@@ -227,7 +231,8 @@ def test_gradients(recording, relative_error, record_property):
     record_property("worst_error", f"{worst} {errors[worst]:.1e}")
     print(f"{recording.variant}: gradients, worst error {errors[worst]:.1e} ({worst})")
     assert len(errors) == len(names) + 8
-    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
+    assert np.median(list(errors.values())) < TOLERANCE
+    assert {name: error for name, error in errors.items() if not error < RELU_TOLERANCE} == {}
 
 
 @every_variant
