@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,15 +84,12 @@ class Segmentation:
             width: of the result.
         """
         normalised = [normalise(image, self.description.preprocessing) for image in images]
-        if not self.tta and len(normalised) == 1:
-            scores = pixel_logits(model, normalised[0], height, width)
+        if self.tta or len(normalised) > 1:
+            views = [(image, flip) for image in normalised for flip in ((False, True) if self.tta else (False,))]
+            each = [jax.nn.softmax(pixel_logits(model, image, height, width, flip=flip)) for image, flip in views]
+            scores = functools.reduce(jnp.add, each)
         else:
-            flips = (False, True) if self.tta else (False,)
-            scores = sum(
-                jax.nn.softmax(pixel_logits(model, image, height, width, flip=flip))
-                for image in normalised
-                for flip in flips
-            )
+            scores = pixel_logits(model, normalised[0], height, width)
         return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
 
     def evaluator(self) -> SegmentationEvaluator:

@@ -48,7 +48,7 @@ def dataset(images=1_281_167, task="classification"):
 
 
 def test_all_are_there():
-    assert sorted(["digits", "finetune", "textures", *IMAGENET, *SEGMENTATION]) == ALL
+    assert sorted(["digits", "finetune", "textures", "shapes_segmentation", *IMAGENET, *SEGMENTATION]) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,7 +74,7 @@ def test_all_have_the_same_options():
         assert options(name, ("data", "model")) == options("nano", ("data", "model"))
     of_classification = {"label_smoothing", "erase_probability", "mix"}
     assert all(load(name).label_smoothing == 0.1 for name in ALL if load(name).task == "classification")
-    for name in SEGMENTATION:
+    for name in [*SEGMENTATION, "shapes_segmentation"]:
         skip = ("data", "model", *of_classification)
         assert options(name, skip) == options("nano", skip)
         assert not of_classification & options(name).keys()
