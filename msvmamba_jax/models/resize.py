@@ -8,7 +8,6 @@ import numpy as np
 
 from msvmamba_jax.models.depthwise import accumulator_dtype
 
-
 LARGEST_FACTOR = 8  # of enlargements that are unrolled
 
 
