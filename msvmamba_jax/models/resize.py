@@ -8,6 +8,8 @@ import numpy as np
 
 from msvmamba_jax.models.depthwise import accumulator_dtype
 
+LARGEST_FACTOR = 8  # of enlargements that are unrolled
+
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes x (b, h, w, d) to (b, height, width, d), without antialiasing, in the dtype of `x`."""
@@ -50,8 +52,8 @@ def _resize_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     old = x.shape[axis]
     if size == old:
         return x
-    if size == 2 * old:
-        return _double(x, axis)
+    if size % old == 0 and size // old <= LARGEST_FACTOR:
+        return _enlarge(x, axis, size // old)
     weights = jnp.asarray(_interpolation_matrix(old, size), x.dtype)
     return _times(weights, x, axis)
 
@@ -62,14 +64,22 @@ def _times(matrix: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(product, 0, axis)
 
 
-def _double(x: jax.Array, axis: int) -> jax.Array:
-    """Twice the size: every output is 3/4 of the nearer and 1/4 of the farther neighbour, edges repeated."""
+def _enlarge(x: jax.Array, axis: int, factor: int) -> jax.Array:
+    """A whole number of times the size: the outputs around a position are fixed mixtures of it and a neighbour.
+
+    Twice the size, they are 3/4 of it and 1/4 of the one before or after. Edges are repeated. Sums of shifted maps are
+    fused with what follows, and cost less than products with matrices that are nearly all zero.
+    """
     size = x.shape[axis]
     take = lambda start, stop: jax.lax.slice_in_dim(x, start, stop, axis=axis)  # noqa: E731
     before = jnp.concatenate([take(0, 1), take(0, size - 1)], axis)
     after = jnp.concatenate([take(1, size), take(size - 1, size)], axis)
-    pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
-    return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+    outputs = []
+    for place in range(factor):
+        offset = (place + 0.5) / factor - 0.5  # of the output's centre from that of the position
+        neighbour = before if offset < 0 else after
+        outputs.append((1 - abs(offset)) * x + abs(offset) * neighbour if offset else x)
+    return jnp.stack(outputs, axis + 1).reshape(*x.shape[:axis], factor * size, *x.shape[axis + 1 :])
 
 
 def _interpolation_matrix(old: int, new: int) -> np.ndarray:

@@ -23,6 +23,14 @@ def test_double_by_hand():
     assert row([0, 4, 8], 6) == [0, 1, 3, 5, 7, 8]
 
 
+def test_whole_factors_by_hand():
+    """Three times the size: centres at -1/3, 0, 1/3 of each position; four times: at -3/8, -1/8, 1/8 and 3/8."""
+    np.testing.assert_allclose(row([0, 6], 6), [0, 0, 2, 4, 6, 6], atol=1e-6)
+    np.testing.assert_allclose(row([0, 8], 8), [0, 0, 1, 3, 5, 7, 8, 8], atol=1e-6)
+    ninths = [0] * 5 + [2 * i for i in range(1, 9)] + [18] * 5  # beyond what is unrolled
+    np.testing.assert_allclose(row([0, 18], 18), ninths, atol=1e-5)
+
+
 def test_odd_enlargement_by_hand():
     """2 -> 3: centres of the new positions lie at -1/6, 1/2 and 7/6 of the old; the outer ones are cut to the edge."""
     np.testing.assert_allclose(row([0, 6], 3), [0, 3, 6], atol=1e-6)
