@@ -1,8 +1,9 @@
 """Made-up scenes whose every pixel has a true label: textured ground, and shapes that lie on it and hide one another.
 
 Ten classes are ground ("stuff") and differ by their texture, with colours that several of them share, as the sky and
-the sea do. Ten are objects ("things") of any colour: eight differ by their shape alone, two are a disc and a square
-again but with a pattern. A few thin lines belong to no class. Labels have hard edges, images soft ones.
+the water do. Ten are objects ("things"): eight differ by their shape, with colours that two or three share, and two are
+a disc and a square again, of any colour but with a pattern. A few thin lines belong to no class. Labels have hard
+edges, images soft ones.
 """
 
 from __future__ import annotations
@@ -120,23 +121,30 @@ def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 class _Thing(NamedTuple):
-    """An object: it is where `shape`, of positions in radii, is positive; `pattern` is a key of `TEXTURES`."""
+    """How an object is drawn.
+
+    Attributes:
+        shape: positive inside it, of positions in radii from its centre.
+        hue: in turns.
+        pattern: a key of `TEXTURES`, in a second colour.
+    """
 
     shape: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    hue: Range
     pattern: str | None = None
 
 
 _THINGS = {
-    "disc": _Thing(_disc),
-    "square": _Thing(_square),
-    "triangle": _Thing(_triangle),
-    "star": _Thing(_star),
-    "cross": _Thing(_cross),
-    "ring": _Thing(_ring),
-    "crescent": _Thing(_crescent),
-    "heart": _Thing(_heart),
-    "target": _Thing(_disc, "rings"),
-    "dice": _Thing(_square, "dots"),
+    "disc": _Thing(_disc, (0.0, 0.3)),
+    "square": _Thing(_square, (0.3, 0.6)),
+    "triangle": _Thing(_triangle, (0.5, 0.8)),
+    "star": _Thing(_star, (0.1, 0.2)),
+    "cross": _Thing(_cross, (0.9, 1.1)),
+    "ring": _Thing(_ring, (0.65, 0.95)),
+    "crescent": _Thing(_crescent, (0.1, 0.25)),
+    "heart": _Thing(_heart, (0.85, 1.05)),
+    "target": _Thing(_disc, (0, 1), "rings"),
+    "dice": _Thing(_square, (0, 1), "dots"),
 }
 
 STUFF, THINGS = tuple(_STUFF), tuple(_THINGS)
@@ -169,7 +177,7 @@ def draw_scene(rng: Rng, height: int, width: int) -> Scene:
         labels[part > 0.5] = NOTHING
     instances: list[tuple[int, np.ndarray]] = []
     least: list[float] = []  # pixels of each that must stay to be seen
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(3, 8)):
         label = CLASSES.index(THINGS[rng.integers(len(THINGS))])
         colours, part = _object(_THINGS[CLASSES[label]], rng, height, width)
         mask = part > 0.5
@@ -236,7 +244,7 @@ def _ground(stuff: _Stuff, rng: Rng, height: int, width: int) -> np.ndarray:
 
 def _object(thing: _Thing, rng: Rng, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """An object at a random place: its colours in 0..255 (height, width, 3), and how much it fills of every pixel."""
-    radius = rng.uniform(0.13, 0.26) * min(height, width)
+    radius = rng.uniform(0.16, 0.3) * min(height, width)
     y, x = _positions(height, width)
     x, y = x - rng.uniform(0.1, 0.9) * width, y - rng.uniform(0.1, 0.9) * height
     u, v = _turned(x / radius, y / radius, rng.uniform(0, 2 * np.pi))
@@ -244,7 +252,7 @@ def _object(thing: _Thing, rng: Rng, height: int, width: int) -> tuple[np.ndarra
     # Its distance from the border in pixels, near it: 0.5 outside to 0.5 inside is the soft edge.
     slope = np.hypot(*np.gradient(inside)) + 1e-6
     part = np.clip(0.5 + inside / slope, 0, 1)
-    hue = rng.uniform()
+    hue = rng.uniform(*thing.hue)
     colours = np.broadcast_to(_colour(hue, rng.uniform(0.4, 1), rng.uniform(0.5, 1)), (height, width, 3))
     if thing.pattern is not None:
         other = _colour(hue + rng.uniform(0.2, 0.8), rng.uniform(0, 1), rng.choice((0.2, 1)))

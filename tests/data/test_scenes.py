@@ -16,7 +16,7 @@ def drawn() -> list[Scene]:
 
 
 def test_labels_and_instances_agree(drawn: list[Scene]) -> None:
-    hidden = 0
+    count = 0
     for image, labels, instances in drawn:
         assert (image.dtype, labels.dtype) == (np.uint8, np.uint8)
         assert image.shape == (*labels.shape, 3)
@@ -32,8 +32,8 @@ def test_labels_and_instances_agree(drawn: list[Scene]) -> None:
         assert covered.max() <= 1  # what hides another takes its pixels
         things = (labels >= len(STUFF)) & (labels != NOTHING)
         np.testing.assert_array_equal(covered > 0, things)
-        hidden += len(instances)
-    assert hidden > 120
+        count += len(instances)
+    assert count > 120
 
 
 def test_every_class_and_pixels_of_none_occur(drawn: list[Scene]) -> None:
