@@ -28,17 +28,21 @@ def get_config() -> ConfigDict:
             "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
             "freeze_backbone": False,  # train the head alone
             "batch_size": 64,  # over all devices
+            "evaluation_per_device": 0,  # images at a time in an evaluation; 0: as in training
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "epochs": 12,
+            "duration": "12 epochs",  # or "1000 steps"
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
+                "schedule": "cosine",  # after the warm-up: "cosine" or "linear" to `minimum`, or "steps" with `drops`
                 "learning_rate": 2e-3,
                 "warmup_start": 1e-5,
                 "minimum": 1e-5,
+                "drops": (),  # when the rate falls to a tenth, such as ("8 epochs", "11 epochs"); for "steps"
                 "batch_size": 64,
-                "warmup_fraction": 0.1,  # of all steps
+                "warmup": "10 %",  # of the run; or epochs, or steps
                 "weight_decay": 0.05,
+                "no_decay": "vectors",  # what decays not: one-dimensional tensors and biases; or "norms"
                 "layer_decay": 1.0,  # rate of each layer over that of the next; 1: the same for all
                 "clip_norm": 5.0,
             },
@@ -51,9 +55,10 @@ def get_config() -> ConfigDict:
                 "probability": 1.0,  # that a batch is mixed
             },
             "ema_decay": 0.98,  # of the averaged weights, for each step
-            "log_every": 20,  # steps
-            "evaluate_every": 88,
-            "save_every": 88,
+            "log_every": "20 steps",
+            "evaluate_every": "4 epochs",
+            "save_every": "4 epochs",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -14,8 +14,7 @@ the line printed at the start says what was. What to set:
   There is no backward pass through the backbone, so a step takes less time and memory; for a first look, or for very
   few images. To go on with the whole model, start another workdir with `pretrained` set to this one.
 - `--config.dtype=bfloat16` on GPUs; `--config.batch_size`: the learning rate follows.
-- `--config.epochs`: more for a few hundred images, fewer for many thousands. `evaluate_every` and `save_every` are in
-  steps; an epoch has images / batch_size of them.
+- `--config.duration="50 epochs"`: more for a few hundred images, fewer for many thousands.
 
 The values are the usual ones for fine-tuning such models; they have not been tuned, and no score has been measured.
 """
@@ -48,17 +47,21 @@ def get_config() -> ConfigDict:
             "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
             "freeze_backbone": False,  # train the head alone
             "batch_size": 64,  # over all devices
+            "evaluation_per_device": 0,  # images at a time in an evaluation; 0: as in training
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "epochs": 30,
+            "duration": "30 epochs",  # or "1000 steps"
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
+                "schedule": "cosine",  # after the warm-up: "cosine" or "linear" to `minimum`, or "steps" with `drops`
                 "learning_rate": 2e-4,  # of the head
                 "warmup_start": 2e-7,
                 "minimum": 2e-6,
+                "drops": (),  # when the rate falls to a tenth, such as ("8 epochs", "11 epochs"); for "steps"
                 "batch_size": 64,
-                "warmup_fraction": 0.1,  # of all steps
+                "warmup": "10 %",  # of the run; or epochs, or steps
                 "weight_decay": 0.05,
+                "no_decay": "vectors",  # what decays not: one-dimensional tensors and biases; or "norms"
                 "layer_decay": 0.8,  # rate of each layer over that of the next; 1: the same for all
                 "clip_norm": 5.0,
             },
@@ -71,9 +74,10 @@ def get_config() -> ConfigDict:
                 "probability": 1.0,  # that a batch is mixed
             },
             "ema_decay": 0.99,  # of the averaged weights, for each step
-            "log_every": 10,  # steps
-            "evaluate_every": 100,
-            "save_every": 100,
+            "log_every": "10 steps",
+            "evaluate_every": "1 epoch",
+            "save_every": "1 epoch",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -1,12 +1,9 @@
 """The ImageNet-1k recipe of the original, which nano.py, micro.py, tiny.py and the vssm_*.py beside this file share.
 
-300 epochs at 224 x 224 with a batch of 1024 over all devices (128 each on 8). `evaluate_every` and `save_every` are in
-steps, and an epoch of ImageNet's 1,281,167 images has 1,251 of them: for another data set or batch size, give others.
+300 epochs at 224 x 224 with a batch of 1024 over all devices (128 each on 8).
 """
 
 from ml_collections import ConfigDict
-
-_EPOCH = 1_281_167 // 1024  # steps
 
 
 def recipe(model: str, *, drop_path: float) -> ConfigDict:
@@ -34,17 +31,21 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
             "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
             "freeze_backbone": False,  # train the head alone
             "batch_size": 1024,  # over all devices
+            "evaluation_per_device": 0,  # images at a time in an evaluation; 0: as in training
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "epochs": 300,
+            "duration": "300 epochs",  # or "1000 steps"
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
+                "schedule": "cosine",  # after the warm-up: "cosine" or "linear" to `minimum`, or "steps" with `drops`
                 "learning_rate": 5e-4,
                 "warmup_start": 5e-7,
                 "minimum": 5e-6,
+                "drops": (),  # when the rate falls to a tenth, such as ("8 epochs", "11 epochs"); for "steps"
                 "batch_size": 512,
-                "warmup_fraction": 20 / 300,  # of all steps
+                "warmup": "20 epochs",
                 "weight_decay": 0.05,
+                "no_decay": "vectors",  # what decays not: one-dimensional tensors and biases; or "norms"
                 "layer_decay": 1.0,  # rate of each layer over that of the next; 1: the same for all
                 "clip_norm": 5.0,
             },
@@ -57,9 +58,10 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
                 "probability": 1.0,  # that a batch is mixed
             },
             "ema_decay": 0.9999,  # of the averaged weights, for each step
-            "log_every": 100,  # steps
-            "evaluate_every": 5 * _EPOCH,
-            "save_every": _EPOCH,
+            "log_every": "100 steps",
+            "evaluate_every": "5 epochs",
+            "save_every": "1 epoch",
+            "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }
     )

@@ -30,7 +30,6 @@ def _main() -> None:
     arguments = parser.parse_args()
 
     from msvmamba_jax.convert.checkpoint import convert
-    from msvmamba_jax.models.parameters import count
 
     conversion = convert(arguments.file, arguments.output, weights=arguments.weights, overwrite=arguments.overwrite)
     description = conversion.description
@@ -38,7 +37,7 @@ def _main() -> None:
     options = ", ".join(f"{k} {v}" for k, v in description.model.items() if k != "name")
     print(
         f"{arguments.output}: {description.model['name']} ({options}), {kind} weights, "
-        f"{count(conversion.parameters):,} parameters, from {description.source['file']}"
+        f"{conversion.size:,} parameters, from {description.source['file']}"
     )
 
 

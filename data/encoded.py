@@ -19,15 +19,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from msvmamba_jax.data.images import decode_image
+from msvmamba_jax.data.images import DamagedImageError, decode_image
 from msvmamba_jax.errors import InputError
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_SUBSTITUTIONS = 100  # so many damaged neighbours are no accident
+
+T = TypeVar("T")
 
 _reported: set[str] = set()
 _reported_lock = threading.Lock()
@@ -72,28 +75,55 @@ class DecodedImages:
             IndexError: there is no such record.
             InputError: a file cannot be opened, or 100 records in a row are damaged.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} records")
-        tries = min(len(self), _MAX_SUBSTITUTIONS) if self.training else 1
-        for offset in range(tries):
-            content, label, name = self.images.encoded((index + offset) % len(self))
-            try:
-                image = decode_image(content, name=name)
-            except InputError as error:
-                _report(name, error)
-            else:
-                return {"image": image, "label": label, "corrupt": int(offset > 0)}
-        if self.training:
-            raise InputError(
-                f"{tries} images in a row are damaged, up to {name}: copy or unpack the data set again, then run the "
-                "same command once more."
-            )
-        return {"image": np.zeros((1, 1, 3), np.uint8), "label": label, "corrupt": 1}
+
+        def decode(index: int) -> dict[str, Any]:
+            content, label, name = self.images.encoded(index)
+            return {"image": decode_image(content, name=name), "label": label}
+
+        record, corrupt = decode_or_substitute(decode, index, len(self), training=self.training)
+        if record is None:
+            record = {"image": np.zeros((1, 1, 3), np.uint8), "label": self.images.encoded(index)[1]}
+        return {**record, "corrupt": int(corrupt)}
 
 
-def _report(name: str, error: InputError) -> None:
+def decode_or_substitute(
+    decode: Callable[[int], T], index: int, count: int, *, training: bool
+) -> tuple[T | None, bool]:
+    """Decodes a record, or in training, where it is damaged, the next one that can be; damage is reported once.
+
+    Args:
+        decode: decodes the record of a number; raises `DamagedImageError` where it is damaged.
+        index: number of the record.
+        count: of all records.
+        training: whether another record takes the place of a damaged one.
+
+    Returns:
+        What `decode` returned, or None where nothing takes the place of a damaged record; and whether it is damaged.
+
+    Raises:
+        IndexError: there is no such record.
+        InputError: 100 records in a row are damaged.
+    """
+    if not 0 <= index < count:
+        raise IndexError(f"index {index} of {count} records")
+    tries = min(count, _MAX_SUBSTITUTIONS) if training else 1
+    for offset in range(tries):
+        try:
+            return decode((index + offset) % count), offset > 0
+        except DamagedImageError as error:
+            last = str(error)
+            _report(last)
+    if training:
+        raise InputError(
+            f"{tries} images in a row are damaged: copy or unpack the data set again, then run the same command once "
+            f"more (the last: {last.rstrip('.')})."
+        )
+    return None, True
+
+
+def _report(message: str) -> None:
     with _reported_lock:
-        if name in _reported:
+        if message in _reported:
             return
-        _reported.add(name)
-    _LOGGER.warning("%s", error)
+        _reported.add(message)
+    _LOGGER.warning("%s", message)

@@ -38,6 +38,12 @@ EXTENSIONS = (
 # even where an application has switched Pillow's check off.
 MAX_PIXELS = 178_956_970
 
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange rows and columns
+
+
+class DamagedImageError(InputError):
+    """An image file can be opened, but its content cannot be decoded."""
+
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads an image file of any colour mode.
@@ -74,7 +80,7 @@ def decode_image(data: bytes | IO[bytes], *, name: str) -> np.ndarray:
         uint8 array of shape (height, width, 3), RGB.
 
     Raises:
-        InputError: as `read_image`.
+        DamagedImageError: the content is damaged, no image, or too large.
     """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
@@ -85,16 +91,37 @@ def decode_image(data: bytes | IO[bytes], *, name: str) -> np.ndarray:
             image.load()
             return np.array(_to_rgb(_upright(image), image.format))
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"{name} is not an image that can be read; JPEG and PNG files are.") from error
+        raise DamagedImageError(f"{name} is not an image that can be read; JPEG and PNG files are.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
+        raise DamagedImageError(
             f"The image {name} is too large to be read safely (more than {MAX_PIXELS} pixels): make it smaller."
         ) from error
     # Pillow's decoders meet damaged files with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
     except Exception as error:
-        raise InputError(
+        raise DamagedImageError(
             f"The image {name} is damaged or of an unsupported kind ({error}): save it again as JPEG or PNG."
         ) from error
+
+
+def image_size(file: IO[bytes], *, name: str) -> tuple[int, int]:
+    """The size that `decode_image` will give an image, from the head of its file.
+
+    Args:
+        file: open at its start.
+        name: how messages call this image, such as its path.
+
+    Returns:
+        Height and width in pixels, EXIF rotation applied.
+
+    Raises:
+        DamagedImageError: the head is damaged or that of no image.
+    """
+    try:
+        with Image.open(file, formats=_known_formats()) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    except Exception as error:
+        raise DamagedImageError(f"The size of the image {name} cannot be read: it is damaged or no image.") from error
 
 
 def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -160,13 +187,20 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Damaged EXIF data, frequent in photographs from the web, do not make the pixels unreadable.
+        return 1
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says."""
     try:
         # Pillow's function copies an image that needs no turning.
-        needed = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if needed else image
-    except Exception:  # Damaged EXIF data, frequent in photographs from the web, do not make the pixels unreadable.
+        return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    except Exception:  # as in `_orientation`
         return image
 
 

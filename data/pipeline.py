@@ -9,24 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags
 
-from msvmamba_jax.data import digits, folder, tfds
-from msvmamba_jax.data.augment import Augmentation
-from msvmamba_jax.data.encoded import DecodedImages, EncodedImages
-from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 
-Record = dict[str, Any]  # {"image": uint8 (height, width, 3), "label": int}
+Record = dict[str, Any]  # such as {"image": uint8 (height, width, 3), "label": int}
 Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Random access to records ``{"image": uint8 (height, width, 3), "label": int}``.
+    """Random access to records, such as ``{"image": uint8 (height, width, 3), "label": int}``.
 
     A record may have ``"corrupt"`` too: 1 where its image is damaged, 0 elsewhere; see `encoded`. Where workers are
     used the source must be picklable.
@@ -37,51 +33,44 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Record: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What a classifier is trained and evaluated on.
+    """What a model is trained and evaluated on.
 
     Attributes:
         train: the training records.
         evaluation: the evaluation records.
         class_names: the name of every label.
-        preprocessing: how images are prepared for evaluation; its `normalise` is left to whoever takes the batches.
-        augment: maps a training record and a `np.random.Generator` to a record whose image is uint8 (size, size, 3); a
-            function or a `grain.transforms.RandomMap`. None: training images are cropped like those for evaluation.
+        preprocessing: how images are prepared for evaluation, as a checkpoint remembers it.
+        augment: maps a training record and a `np.random.Generator` to the fields of a training example, all of one
+            shape; a function or a `grain.transforms.RandomMap`.
+        prepare: maps an evaluation record to the fields of an evaluation example.
+        evaluation_shapes: for each evaluation record something that is equal where the shapes of its example are; None:
+            all have the same.
     """
 
     train: Source
     evaluation: Source
     class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    augment: Callable[[Record, np.random.Generator], Record] | None = None
+    preprocessing: Any
+    augment: Callable[[Record, np.random.Generator], Record]
+    prepare: Callable[[Record], Record]
+    evaluation_shapes: Callable[[], Sequence[Hashable]] | None = None
 
 
-def load_dataset(config: Mapping[str, Any]) -> Dataset:
-    """Loads the data set that a configuration names.
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """Which records make up each evaluation batch: every record once, in batches of equal shapes.
 
-    Args:
-        config: a mapping or `ml_collections.ConfigDict`: ``source`` names the data set, the other keys are its options.
-            ``workers``, which is for `train_batches`, may stand there too. Known sources and their options:
-
-            - "digits": none.
-            - "folder": ``root``, the folder with ``train`` and ``val``; see `folder`.
-            - "tfds": ``name``, and where they differ from the defaults ``data_dir``, ``train_split`` ("train") and
-              ``evaluation_split`` ("validation"); see `tfds.load_prepared`.
-
-            The latter two also take ``size`` (224) and ``resize`` (256) of `Preprocessing`; ``interpolation``
-            ("bicubic"), for both parts; and ``randaugment`` ("rand-m9-mstd0.5-inc1"; empty: none), ``scale``, ``ratio``
-            and ``flip`` of `Augmentation`.
-
-    Raises:
-        InputError: the source or an option is unknown, or the data cannot be read.
+    Attributes:
+        rows: int64 (steps, batch): indices of records; -1 where a row is padding.
+        shapes: how many different shapes there are.
+        images: how many records.
     """
-    options = dict(config.items())
-    options.pop("workers", None)
-    source = options.pop("source", None)
-    if source not in _LOADERS:
-        raise InputError(f"Unknown data source {source!r}; known are {', '.join(map(repr, _LOADERS))}.")
-    return _LOADERS[source](options)
+
+    rows: np.ndarray
+    shapes: int
+    images: int
 
 
 def train_steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
@@ -128,8 +117,8 @@ def train_batches(
         process_count: how many processes train together.
 
     Yields:
-        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,)}``, and ``"corrupt": int32 (b,)`` where the source's
-        records have it. Closing the generator stops its threads and workers.
+        The fields of `Dataset.augment` as arrays with the leading axis b, and ``"corrupt": int32 (b,)`` where the
+        source's records have it. Closing the generator stops its threads and workers.
 
     Raises:
         InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.
@@ -145,11 +134,8 @@ def train_batches(
 
     records = grain.MapDataset.source(dataset.train).shuffle(shuffle_seed)[:epoch_records].repeat(None)
     # Before the processes part: the generator is seeded by the position in the global order.
-    if dataset.augment is not None:
-        records = records.random_map(dataset.augment, seed=augment_seed)
-    else:
-        records = records.map(functools.partial(_cropped, dataset.preprocessing))
-    records = records[process_index::process_count].map(_training_record)
+    records = records.random_map(dataset.augment, seed=augment_seed)
+    records = records[process_index::process_count].map(_arrays)
     # Batched here, a batch is one item for the workers, and its step is its index.
     batches = records.batch(local_batch, drop_remainder=True)[start_step:]
     if workers:
@@ -162,112 +148,54 @@ def train_batches(
     return _iterate(iter(batches))
 
 
-def evaluation_steps(dataset: Dataset, *, batch_size: int) -> int:
-    """The number of batches that `evaluation_batches` yields on every process.
+def plan_evaluation(dataset: Dataset, *, batch_size: int) -> EvaluationPlan:
+    """Puts every evaluation record into a batch of its shape; shapes come in the order of their first record.
 
     Raises:
         InputError: the evaluation set is empty.
     """
     _positive("batch_size", batch_size)
-    if not len(dataset.evaluation):
+    count = len(dataset.evaluation)
+    if not count:
         raise InputError("The evaluation set holds no image.")
-    return -(-len(dataset.evaluation) // batch_size)
+    groups: dict[Hashable, list[int]] = {}
+    shapes = dataset.evaluation_shapes() if dataset.evaluation_shapes is not None else [None] * count
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    rows = []
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            rows.append(part + [-1] * (batch_size - len(part)))
+    return EvaluationPlan(np.asarray(rows, np.int64), len(groups), count)
 
 
 def evaluation_batches(
-    dataset: Dataset, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    dataset: Dataset, plan: EvaluationPlan, *, process_index: int = 0, process_count: int = 1
 ) -> Generator[Batch, None, None]:
-    """The whole evaluation set once, cropped by the data set's preprocessing, in order.
+    """The whole evaluation set once, prepared, in the order of `plan`.
 
-    Every process yields `evaluation_steps` batches of one shape; process p holds the rows p, p + process_count, ... of
-    each global batch. Rows past the last image, and those of images that are damaged (see `encoded`), are padding:
-    black, label 0, mask False.
+    Every process yields as many batches; process p holds the rows p, p + process_count, ... of each. A row of padding
+    repeats the first record of its batch, with mask False; so do the rows of images that are damaged (see `encoded`).
 
     Args:
         dataset: the data set.
-        batch_size: the global batch; each process gets ``b = batch_size // process_count`` of it.
+        plan: of `plan_evaluation`; its batch is the global one.
         process_index: which of the processes this one is.
         process_count: how many processes evaluate together.
 
     Yields:
-        ``{"image": uint8 (b, size, size, 3), "label": int32 (b,), "mask": bool (b,)}``. Closing the generator stops its
-        threads.
+        The fields of `Dataset.prepare` as arrays with the leading axis b = batch // process_count, and ``"mask"``, bool
+        (b,). Closing the generator stops its threads.
 
     Raises:
         InputError: an argument is out of range, Grain is not installed, or (while iterating) an image cannot be read.
     """
     grain = _import_grain()
-    local_batch = _local_batch(batch_size, process_index, process_count)
-    rows = evaluation_steps(dataset, batch_size=batch_size) * batch_size
-    records = grain.MapDataset.range(process_index, rows, process_count)
-    records = records.map(functools.partial(_evaluation_record, dataset.evaluation, dataset.preprocessing))
-    batches = records.batch(local_batch, drop_remainder=True)
+    _local_batch(plan.rows.shape[1], process_index, process_count)
+    batches = grain.MapDataset.source(plan.rows)
+    batches = batches.map(functools.partial(_evaluation_batch, dataset, process_index, process_count))
     return _iterate(iter(batches.to_iter_dataset(_thread_options(grain))))
-
-
-def _digits(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("digits", options, ())
-    train, evaluation = digits.load_digits()
-    return Dataset(train, evaluation, digits.CLASS_NAMES, digits.PREPROCESSING, digits.augment)
-
-
-def _folder(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("folder", options, ("root", *_IMAGE_OPTIONS))
-    preprocessing, augment = _image_transforms(options)
-    return _image_dataset(*folder.load_folder(options.get("root")), preprocessing, augment)
-
-
-def _tfds(options: Mapping[str, Any]) -> Dataset:
-    _reject_unknown("tfds", options, ("name", "data_dir", "train_split", "evaluation_split", *_IMAGE_OPTIONS))
-    if not options.get("name"):
-        raise InputError("The data source 'tfds' needs the name of a data set: --config.data.name=imagenet2012.")
-    preprocessing, augment = _image_transforms(options)
-    parts = tfds.load_prepared(
-        options["name"],
-        data_dir=options.get("data_dir") or None,
-        train_split=options.get("train_split", "train"),
-        evaluation_split=options.get("evaluation_split", "validation"),
-    )
-    return _image_dataset(*parts, preprocessing, augment)
-
-
-_IMAGE_OPTIONS = ("size", "resize", "interpolation", "randaugment", "scale", "ratio", "flip")
-
-
-def _image_transforms(options: Mapping[str, Any]) -> tuple[Preprocessing, Augmentation]:
-    given = {name: options[name] for name in _IMAGE_OPTIONS if name in options}
-    preprocessing = Preprocessing(
-        **{name: given[name] for name in ("size", "resize", "interpolation") if name in given}
-    )
-    given.pop("resize", None)
-    if "randaugment" in given:
-        given["randaugment"] = given["randaugment"] or None  # On a command line None can only be written as "".
-    return preprocessing, Augmentation(**given)
-
-
-def _image_dataset(
-    train: EncodedImages,
-    evaluation: EncodedImages,
-    class_names: tuple[str, ...],
-    preprocessing: Preprocessing,
-    augment: Augmentation,
-) -> Dataset:
-    parts = DecodedImages(train, training=True), DecodedImages(evaluation, training=False)
-    return Dataset(*parts, class_names, preprocessing, augment)
-
-
-def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := [name for name in options if name not in known]:
-        listed = f"; it has {', '.join(known)}" if known else ""
-        raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
-
-
-# The data sets by the name that a configuration's `source` gives them; each takes its options and rejects unknown ones.
-_LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
-    "digits": _digits,
-    "folder": _folder,
-    "tfds": _tfds,
-}
 
 
 def _import_grain() -> Any:
@@ -307,24 +235,23 @@ def _local_batch(batch_size: int, process_index: int, process_count: int) -> int
     return batch_size // process_count
 
 
-def _cropped(preprocessing: Preprocessing, record: Record) -> Record:
-    return {**record, "image": preprocessing.crop(record["image"])}
-
-
-def _training_record(record: Record) -> Record:
-    fields = {"image": record["image"], "label": np.int32(record["label"])}
-    if "corrupt" in record:
-        fields["corrupt"] = np.int32(record["corrupt"])
-    return fields
-
-
-def _evaluation_record(source: Source, preprocessing: Preprocessing, index: int) -> Record:
-    record = source[index] if index < len(source) else None
-    if record is None or record.get("corrupt"):
-        image = np.zeros((preprocessing.size, preprocessing.size, 3), np.uint8)
-        return {"image": image, "label": np.int32(0), "mask": np.bool_(False)}
+def _arrays(example: Record) -> Record:
+    """The fields of an example as arrays; Python's integers become int32, and texts (names of files) are left out."""
     return {
-        "image": preprocessing.crop(record["image"]),
-        "label": np.int32(record["label"]),
-        "mask": np.bool_(True),
+        name: np.int32(value) if isinstance(value, int) else np.asarray(value)
+        for name, value in example.items()
+        if not isinstance(value, str)
     }
+
+
+def _evaluation_batch(dataset: Dataset, process_index: int, process_count: int, rows: np.ndarray) -> Batch:
+    local = rows[process_index::process_count]
+    examples, mask = [], []
+    for index in local[local >= 0] if local[0] >= 0 else rows[:1]:  # for its shape, where all are padding
+        record = dict(dataset.evaluation[int(index)])
+        mask.append(not record.pop("corrupt", 0) and local[0] >= 0)
+        examples.append(_arrays(dataset.prepare(record)))
+    padding = len(local) - len(examples)
+    examples += examples[:1] * padding
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return {**batch, "mask": np.array(mask + [False] * padding)}

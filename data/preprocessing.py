@@ -61,9 +61,14 @@ class Preprocessing:
             known = ", ".join(INTERPOLATIONS)
             raise InputError(f"Preprocessing: unknown interpolation {self.interpolation!r}; known are {known}.")
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
+            object.__setattr__(self, name, three_numbers(name, getattr(self, name)))
         if min(self.std) <= 0:
             raise InputError(f"Preprocessing: std must be positive, not {self.std!r}.")
+
+    @property
+    def nominal_size(self) -> tuple[int, int]:
+        """Height and width of what a model is fed."""
+        return self.size, self.size
 
     def to_json(self) -> dict[str, Any]:
         """The settings as numbers, strings and lists, as `json` writes and reads them."""
@@ -128,7 +133,12 @@ class Preprocessing:
         return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
-def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+def three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    """Checks the setting `name`, one finite number for each channel.
+
+    Raises:
+        InputError: the values are of another kind or number.
+    """
     try:
         red, green, blue = map(float, values)
     except (TypeError, ValueError):

@@ -1,12 +1,18 @@
-"""Classification data sets that TensorFlow Datasets has prepared as ArrayRecord files, read without TensorFlow."""
+"""Data sets that TensorFlow Datasets has prepared as ArrayRecord files, read without TensorFlow."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import importlib
+import io
+from collections.abc import Sequence
+from typing import IO, Any
 
 from msvmamba_jax.data.labels import readable_class_names
+from msvmamba_jax.data.segmentation import SegmentationRecords, labels_file
 from msvmamba_jax.errors import InputError
+
+SEGMENTATION = "ade20k_segmentation"  # what `tfds_ade20k` prepares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +36,30 @@ class PreparedImages:
         return record["image"], int(record["label"]), f"{self.name}[{index}]"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedSegmentation:
+    """One split; a `segmentation.EncodedSegmentation`.
+
+    Attributes:
+        records: the split, with images and label maps that are still encoded.
+    """
+
+    records: Any
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def encoded(self, index: int) -> tuple[bytes, bytes, str, str]:
+        """See `segmentation.EncodedSegmentation`."""
+        record = self.records[index]
+        name = record["name"].decode()
+        return record["image"], record["labels"], name, labels_file(name)
+
+    def image(self, index: int) -> IO[bytes]:
+        """See `segmentation.EncodedSegmentation`."""
+        return io.BytesIO(self.records[index]["image"])
+
+
 def load_prepared(
     name: str, *, data_dir: str | None, train_split: str, evaluation_split: str
 ) -> tuple[PreparedImages, PreparedImages, tuple[str, ...]]:
@@ -48,14 +78,79 @@ def load_prepared(
         InputError: TensorFlow Datasets is not installed, the data set is unknown or not prepared as ArrayRecord files,
             has no such split, or is no classification data set.
     """
+    tfds = _import_tfds()
+    place = f" --data_dir={data_dir}" if data_dir else ""
+    prepare = f"run 'tfds build {name} --file_format=array_record{place}' once (this needs tensorflow)"
+    builder, features = _open(name, data_dir, prepare)
+    if not (
+        isinstance(features.get("image"), tfds.features.Image)
+        and isinstance(features.get("label"), tfds.features.ClassLabel)
+    ):
+        raise InputError(f"The data set {name} has no features 'image' and 'label': choose one for classification.")
+    train, evaluation = (
+        PreparedImages(_split(builder, name, wanted, ("image",), prepare), f"{name} {wanted}")
+        for wanted in (train_split, evaluation_split)
+    )
+    return train, evaluation, readable_class_names(features["label"].names)
+
+
+def load_prepared_segmentation(
+    *,
+    data_dir: str | None,
+    name: str = SEGMENTATION,
+    train_split: str = "train",
+    evaluation_split: str = "validation",
+) -> tuple[SegmentationRecords, SegmentationRecords, tuple[str, ...]]:
+    """Opens ADE20K, or another data set of its features, as `tfds_ade20k` prepares it.
+
+    Args:
+        data_dir: where it was prepared; None: where TensorFlow Datasets looks by itself.
+        name: of the data set.
+        train_split: name of the training split; slices such as "train[:90%]" work too.
+        evaluation_split: name of the evaluation split.
+
+    Returns:
+        The training split, the evaluation split, and the name of every label.
+
+    Raises:
+        InputError: TensorFlow Datasets is not installed, the data set is not prepared, is another one, or has no such
+            split.
+    """
+    tfds = _import_tfds()
+    importlib.import_module("msvmamba_jax.data.tfds_ade20k")  # so that the name is known
+    prepare = f"run 'python scripts/prepare_ade20k.py ADEChallengeData2016.zip {data_dir or 'DATA_DIR'}' once"
+    builder, features = _open(name, data_dir, prepare)
+    labels = features.get("labels")
+    if not (isinstance(features.get("image"), tfds.features.Image) and isinstance(labels, tfds.features.LabeledImage)):
+        raise InputError(
+            f"The data set {name} has no features 'image' and 'labels' (an image of labels): {prepare}, and read that."
+        )
+    names = tuple(labels.names[1:])  # the first one is what belongs to no class
+    train, evaluation = (
+        SegmentationRecords(
+            PreparedSegmentation(_split(builder, name, wanted, ("image", "labels"), prepare)),
+            len(names),
+            reduce_zero_label=True,
+            training=training,
+        )
+        for wanted, training in ((train_split, True), (evaluation_split, False))
+    )
+    return train, evaluation, names
+
+
+def _import_tfds() -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise InputError(
-            "The data source 'tfds' reads with TensorFlow Datasets: pip install 'msvmamba_jax[data,tfds]'."
+            "Prepared data sets are read with TensorFlow Datasets: pip install 'msvmamba_jax[data,tfds]'."
         ) from error
-    place = f" --data_dir={data_dir}" if data_dir else ""
-    prepare = f"tfds build {name} --file_format=array_record{place}"
+    return tfds
+
+
+def _open(name: str, data_dir: str | None, prepare: str) -> tuple[Any, dict[str, Any]]:
+    """The builder of a prepared data set and its features by name; `prepare` says how to prepare it."""
+    tfds = _import_tfds()
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
@@ -65,29 +160,22 @@ def load_prepared(
         ) from error
     if not builder.is_prepared():
         raise InputError(
-            f"The data set {name} is not prepared in {builder.data_dir}: run '{prepare}' once (this needs tensorflow), "
-            "or set data.data_dir to where it is."
+            f"The data set {name} is not prepared in {builder.data_dir}: {prepare}, or set data.data_dir to where it "
+            "is."
         )
-    top = builder.info.features
-    features = dict(top.items()) if isinstance(top, tfds.features.FeaturesDict) else {}
-    if not (
-        isinstance(features.get("image"), tfds.features.Image)
-        and isinstance(features.get("label"), tfds.features.ClassLabel)
-    ):
-        raise InputError(f"The data set {name} has no features 'image' and 'label': choose one for classification.")
+    features = builder.info.features
+    return builder, dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
 
-    def split(wanted: str) -> PreparedImages:
-        if wanted.partition("[")[0] not in builder.info.splits:
-            known = ", ".join(map(repr, builder.info.splits))
-            raise InputError(f"The data set {name} has no split {wanted!r}; it has {known}.")
-        try:
-            records = builder.as_data_source(split=wanted, decoders={"image": tfds.decode.SkipDecoding()})
-        except NotImplementedError as error:  # TFRecord files have no random access.
-            raise InputError(
-                f"The data set {name} in {builder.data_dir} is not stored as ArrayRecord files: run '{prepare}' once "
-                "(this needs tensorflow)."
-            ) from error
-        return PreparedImages(records, f"{name} {wanted}")
 
-    names = readable_class_names(features["label"].names)
-    return split(train_split), split(evaluation_split), names
+def _split(builder: Any, name: str, wanted: str, encoded: Sequence[str], prepare: str) -> Any:
+    """A split's records, with the features `encoded` not decoded; `prepare` says how to prepare the data set."""
+    tfds = _import_tfds()
+    if wanted.partition("[")[0] not in builder.info.splits:
+        known = ", ".join(map(repr, builder.info.splits))
+        raise InputError(f"The data set {name} has no split {wanted!r}; it has {known}.")
+    try:
+        return builder.as_data_source(split=wanted, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
+    except NotImplementedError as error:  # TFRecord files have no random access.
+        raise InputError(
+            f"The data set {name} in {builder.data_dir} is not stored as ArrayRecord files: {prepare}."
+        ) from error

@@ -3,6 +3,8 @@
 A checkpoint folder holds two Orbax items: `state` (at least `params`, the weights; a training run adds `ema`, the
 averaged weights, and what it needs to go on) and `model`, a small JSON that says how to build the model, what its
 classes are called and how images are prepared for it.
+
+What differs between tasks (which function builds a model, how its images are prepared) stands in the table `KINDS`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +24,66 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind
-from msvmamba_jax.models.variants import backbone_config, create_model
+from msvmamba_jax.models.backbone import BackboneConfig
+from msvmamba_jax.models.flops import Flops, classifier_flops, segmenter_flops
+from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, merge
+from msvmamba_jax.models.variants import backbone_config, create_model, create_segmenter
 
 FORMAT = 1
-MODEL_OPTIONS = ("width", "depths", "states", "drop_path")  # those of `create_model` that a checkpoint remembers
+BACKBONE_OPTIONS = ("width", "depths", "states", "drop_path")  # of a variant, those that can be given other values
 Weights = Literal["ema", "raw"]
 _TREES: dict[Weights, str] = {"ema": "ema", "raw": "params"}
+_STATISTICS = "batch_stats"  # of the raw weights; the averaged ones hold their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The models of a task.
+
+    Attributes:
+        create: builds one, such as `create_model`.
+        options: names of the options of `create` that a checkpoint remembers, beside `name`, `num_classes` and those of
+            the backbone.
+        class_layers: beginnings of the names of the weights of layers with an output for each class.
+        preprocessing: how images are prepared: a class with `to_json`, `from_json` and `nominal_size`.
+        flops: of a model: (backbone, the description's `model`, height, width).
+        batch_normalised: whether models have batch statistics, and `create` takes the `axis` that they average over.
+    """
+
+    create: Callable[..., Any]
+    options: tuple[str, ...]
+    class_layers: tuple[str, ...]
+    preprocessing: Any
+    flops: Callable[[BackboneConfig, Mapping[str, Any], int, int], Flops]
+    batch_normalised: bool = False
+
+    @property
+    def model_options(self) -> tuple[str, ...]:
+        """All that `Description.model` may hold beside `name` and `num_classes`."""
+        return (*BACKBONE_OPTIONS, *self.options)
+
+
+KINDS: dict[str, Kind] = {
+    "classification": Kind(
+        create=create_model,
+        options=(),
+        class_layers=("head.",),
+        preprocessing=Preprocessing,
+        flops=lambda config, model, height, width: classifier_flops(config, model["num_classes"], height, width),
+    ),
+    "segmentation": Kind(
+        create=create_segmenter,
+        options=("channels", "auxiliary_channels"),
+        class_layers=("decode_head.classifier.", "auxiliary_head.classifier."),
+        preprocessing=SegmentationPreprocessing,
+        flops=lambda config, model, height, width: segmenter_flops(
+            config, model["num_classes"], height, width, **{k: v for k, v in model.items() if k == "channels"}
+        ),
+        batch_normalised=True,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +91,10 @@ class Description:
     """What a checkpoint is.
 
     Attributes:
-        model: keyword arguments of `create_model`: the name and every option that makes the parameters what they are.
-        task: "classification".
-        class_names: one for each output.
+        model: keyword arguments of the function that builds it (`create_model` for classification): the name and every
+            option that makes the parameters what they are.
+        task: a key of `KINDS`.
+        class_names: one for each class of the model.
         preprocessing: how images are prepared.
         source: where the weights come from, such as the name and SHA-256 of a converted file.
     """
@@ -47,16 +102,25 @@ class Description:
     model: Mapping[str, Any]
     task: str = "classification"
     class_names: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Any
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.model["num_classes"]:
             raise InputError(f"{self.model['num_classes']} classes have {len(self.class_names)} names")
 
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The configuration of the model's backbone."""
+        return backbone_config(self.model["name"], **{k: v for k, v in self.model.items() if k in BACKBONE_OPTIONS})
+
     def build(self, **options: Any) -> nnx.Module:
         """The model, freshly initialised; `options` as for `create_model` (dtype, remat, rngs, ...)."""
-        return create_model(**{**self.model, **options})
+        return KINDS[self.task].create(**{**self.model, **options})
+
+    def flops(self, height: int, width: int) -> Flops:
+        """Multiply-adds of the model on one image of height x width pixels."""
+        return KINDS[self.task].flops(self.backbone, self.model, height, width)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -79,20 +143,22 @@ class Description:
         try:
             if values["format"] > FORMAT:
                 raise InputError("the checkpoint was written by a newer version of msvmamba_jax: upgrade to read it")
-            if values["task"] != "classification":
+            if values["task"] not in KINDS:
                 raise InputError(f"the checkpoint is for the task {values['task']!r}, which this version does not know")
+            kind = KINDS[values["task"]]
             model: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
-            unknown = set(model) - {"name", "num_classes", *MODEL_OPTIONS}
+            unknown = set(model) - {"name", "num_classes", *kind.model_options}
             if unknown:
                 raise InputError(f"the checkpoint's model has unknown options: {', '.join(sorted(unknown))}")
-            backbone_config(**{name: value for name, value in model.items() if name != "num_classes"})
-            return cls(
+            description = cls(
                 model=model,
                 task=values["task"],
                 class_names=tuple(map(str, values["class_names"])),
-                preprocessing=Preprocessing.from_json(values["preprocessing"]),
+                preprocessing=kind.preprocessing.from_json(values["preprocessing"]),
                 source={str(k): str(v) for k, v in values["source"].items()},
             )
+            description.backbone  # noqa: B018 - raises where the options make none
+            return description
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the checkpoint's description is damaged ({type(error).__name__}: {error})") from error
 
@@ -122,6 +188,24 @@ def find_checkpoint(path: str | Path) -> Path:
     return max(steps, key=lambda step: (_score(step), int(step.name)))
 
 
+def read_description(path: str | Path) -> Description:
+    """What the checkpoint at `path` is, without its weights.
+
+    Args:
+        path: see `find_checkpoint`.
+
+    Raises:
+        InputError: there is no checkpoint, or its description cannot be read.
+    """
+    folder = find_checkpoint(path)
+    try:
+        return Description.from_json(json.loads((folder / "model" / "metadata").read_text()))
+    except InputError as error:
+        raise InputError(f"cannot read the checkpoint {folder}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete ({error})") from error
+
+
 def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[Description, Tree]:
     """Reads a checkpoint's description and one set of its weights as NumPy arrays.
 
@@ -133,21 +217,22 @@ def load_checkpoint(path: str | Path, weights: Weights | None = None) -> tuple[D
         InputError: there is no checkpoint, it lacks these weights, or it cannot be read.
     """
     folder = find_checkpoint(path)
+    description = read_description(folder)
     try:
-        description = Description.from_json(json.loads((folder / "model" / "metadata").read_text()))
         trees = _stored_trees(folder)
         name = _TREES[weights or ("ema" if "ema" in trees else "raw")]
         if name not in trees:
             raise InputError(f"it holds no {'averaged' if name == 'ema' else 'raw'} weights")
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[name])
-        wanted = ocp.args.PyTreeRestore(item={name: trees[name]}, restore_args={name: as_numpy}, partial_restore=True)
-        restored = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=wanted)
+        wanted = {key: trees[key] for key in (name, _STATISTICS) if key in trees and (key == name or name == "params")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        restored = ocp.PyTreeCheckpointHandler().restore((folder / "state").absolute(), args=restore)
     except InputError as error:
         raise InputError(f"cannot read the checkpoint {folder}: {error}") from error
     except Exception as error:  # Orbax and TensorStore raise many kinds for missing and damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot read the checkpoint {folder}: it is damaged or incomplete ({reason:.200})") from error
-    return description, restored[name]
+    return description, merge(restored[name], restored.get(_STATISTICS, {}))
 
 
 def available_weights(path: str | Path) -> list[Weights]:

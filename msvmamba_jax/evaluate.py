@@ -8,8 +8,8 @@ Prints the metrics of the raw and of the averaged weights, where there are both,
 from __future__ import annotations
 
 import statistics
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -20,65 +20,64 @@ from msvmamba_jax import command
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/: gives the data.", lock_config=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint folder, or the workdir of a run.", required=True)
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["raw", "ema"], "Evaluate only these; by default all there are.")
+_PER_CLASS = flags.DEFINE_bool(
+    "per_class", None, "Print a row for each class; by default for all tasks but classification."
+)
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
-_JSON = flags.DEFINE_string("json", None, "Also write everything to this file.")
+_JSON = flags.DEFINE_string("json", None, "Also write everything, with a row for each class, to this file.")
 flags.mark_flag_as_required("config")
 
 _TIMED_BATCHES = 10
+_NAMES = {"raw": "raw weights", "ema": "averaged weights"}
 
 
 def _main() -> None:
-    import tqdm
-
     from msvmamba_jax.checkpoint import available_weights, build_model, find_checkpoint, load_checkpoint
-    from msvmamba_jax.data.pipeline import evaluation_batches, evaluation_steps, load_dataset
-    from msvmamba_jax.errors import InputError
-    from msvmamba_jax.models.flops import classifier_flops
-    from msvmamba_jax.models.parameters import count, get_parameters
-    from msvmamba_jax.tasks.classification import Classification
-    from msvmamba_jax.training.evaluation import evaluate
+    from msvmamba_jax.data.datasets import load_dataset
+    from msvmamba_jax.data.pipeline import evaluation_batches, plan_evaluation
+    from msvmamba_jax.models.parameters import count, get_parameters, get_weights
+    from msvmamba_jax.tasks.registry import task_of_checkpoint
+    from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
     from msvmamba_jax.training.parallelism import make_layout
     from msvmamba_jax.training.step import predict_step
 
     config = _CONFIG.value
     folder = find_checkpoint(_CHECKPOINT.value)
     dataset = load_dataset(config.data)
-    layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=config.batch_size)
+    batch_size = evaluation_batch_size(config)
+    layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=batch_size)
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
     wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
-    for weights in wanted:
-        description, parameters = load_checkpoint(folder, weights)
-        if len(description.class_names) != len(dataset.class_names):
-            raise InputError(
-                f"{folder} knows {len(description.class_names)} classes, but the data of this configuration has "
-                f"{len(dataset.class_names)}: evaluate with the configuration it was trained with"
-            )
-        task = Classification(description=description)
+    for kind in wanted:
+        description, weights = load_checkpoint(folder, kind)
+        task = task_of_checkpoint(config, description, dataset)
         model = build_model(
-            description, parameters, dtype=config.dtype, scan_implementation=config.scan_implementation or None
+            description, weights, dtype=config.dtype, scan_implementation=config.scan_implementation or None
         )
         if predict is None:  # one program serves both kinds of weights
             predict = layout.compile_predict(predict_step(model, task))
-        size = description.preprocessing.size
-        report["model"] = description.model["name"]
-        report["parameters"] = count(get_parameters(model))
-        report["multiply_adds"] = classifier_flops(model.backbone.config, model.num_classes, size, size).total
-        batches = tqdm.tqdm(
-            evaluation_batches(dataset, batch_size=config.batch_size),
-            total=evaluation_steps(dataset, batch_size=config.batch_size),
-            unit="batch",
-            desc=f"{weights} weights",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-        report[weights] = evaluate(predict, get_parameters(model), batches, task, layout)
+            height, width = description.preprocessing.nominal_size
+            report["model"] = description.model["name"]
+            report["parameters"] = count(get_parameters(model))
+            report["multiply_adds"] = description.flops(height, width).total
+            print(
+                f"{folder}: {report['model']}, {report['parameters']:,} parameters, {report['multiply_adds']:,} "
+                f"multiply-adds at {height} x {width}",
+                flush=True,
+            )
+        evaluator = evaluate(
+            predict, get_weights(model), dataset, task, layout, batch_size=batch_size, title=_NAMES[kind]
+        ).evaluator
+        report[kind] = {**evaluator.result(), "per_class": evaluator.per_class()}
+        print(f"{_NAMES[kind]}: {evaluator.sentence()}", flush=True)
+        if _PER_CLASS.value if _PER_CLASS.value is not None else config.task != "classification":
+            print(command.table(report[kind]["per_class"]))
     if _THROUGHPUT.value:
-        batch = layout.put(
-            {k: v for k, v in next(evaluation_batches(dataset, batch_size=config.batch_size)).items() if k != "mask"}
-        )
-        report["throughput"] = _throughput(predict, layout.place(get_parameters(model)), batch, config.batch_size)
-    _print(report, size)
+        batch = next(evaluation_batches(dataset, plan_evaluation(dataset, batch_size=batch_size)))
+        del batch["mask"]
+        report["throughput"] = _throughput(predict, layout.place(get_weights(model)), layout.put(batch), batch_size)
+        _print_throughput(report["throughput"])
     if _JSON.value:
         command.write_json(_JSON.value, report)
 
@@ -104,22 +103,11 @@ def _throughput(predict: Any, parameters: Any, batch: Any, batch_size: int) -> d
     }
 
 
-def _print(report: dict[str, Any], size: int) -> None:
-    print(f"{report['checkpoint']}: {report['model']}, {report['parameters']:,} parameters, ", end="")
-    print(f"{report['multiply_adds']:,} multiply-adds at {size} x {size}")
-    for weights, name in (("raw", "raw weights"), ("ema", "averaged weights")):
-        if weights in report:
-            result = report[weights]
-            print(
-                f"{name}: top-1 {result['accuracy_top1']:.2%}, top-5 {result['accuracy_top5']:.2%}, "
-                f"loss {result['loss']:.4f} on {result['images']:,} images"
-            )
-    if "throughput" in report:
-        speed = report["throughput"]
-        print(
-            f"throughput: {speed['images_per_second']:.1f} images/s, {speed['milliseconds_per_batch']:.2f} ms for a "
-            f"batch of {speed['batch_size']} on {speed['devices']} x {speed['device']}"
-        )
+def _print_throughput(speed: Mapping[str, Any]) -> None:
+    print(
+        f"throughput: {speed['images_per_second']:.1f} images/s, {speed['milliseconds_per_batch']:.2f} ms for a "
+        f"batch of {speed['batch_size']} on {speed['devices']} x {speed['device']}"
+    )
 
 
 def main() -> None:

@@ -5,39 +5,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from msvmamba_jax.checkpoint import Weights, build_model, load_checkpoint
-from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.checkpoint import Description, Weights, build_model, load_checkpoint
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.parameters import Tree, bind, get_parameters
+from msvmamba_jax.models.parameters import Tree, bind, get_weights
+from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
+from msvmamba_jax.tasks.segmentation import pixel_probabilities
 
 Predictions = dict[str, jax.Array]
-
-_METHODS = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceFunction:
-    """A jitted classifier: `f(images)` is `f.apply(f.parameters, images)`.
+    """A jitted model: `f(images)` is `f.apply(f.parameters, images)`.
 
     Attributes:
         apply: pure function of (parameters, images), jitted. Inside another jitted function pass the parameters as an
             argument of that function; those of `f(images)` would become constants of the compiled program.
         parameters: the weights.
-        class_names: the name of each label.
-        preprocessing: how files are to be prepared; `apply` does the same on arrays.
+        description: what the checkpoint is: its task, classes and preprocessing.
     """
 
     apply: Callable[[Tree, jax.Array], Predictions]
     parameters: Tree
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
+    description: Description
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+        return self.description.class_names
+
+    @property
+    def preprocessing(self) -> Any:
+        """How files are to be prepared; `apply` does the same on arrays."""
+        return self.description.preprocessing
 
     def __call__(self, images: ArrayLike) -> Predictions:
         """As `apply`, with the checkpoint's weights."""
@@ -54,14 +61,18 @@ def inference_function(
 ) -> InferenceFunction:
     """Makes a checkpoint a function from images to predictions.
 
-    The function takes images (b, height, width, 3), RGB, either uint8 or floating point in 0..1, and returns
-    `probabilities` float32 (b, classes) and `labels` int32 (b,), the most probable class of each image. It compiles
-    once for each shape.
+    The function takes images (b, height, width, 3), RGB, either uint8 or floating point in 0..1, and compiles once for
+    each shape. It returns
+
+    - for classification: `probabilities` float32 (b, classes) and `labels` int32 (b,), the most probable class of each
+      image;
+    - for segmentation: `labels` int32 (b, height, width), the most probable class of each pixel of the images that were
+      given, and `probabilities` float32 (b, height, width), that of this class.
 
     Args:
         checkpoint: a checkpoint folder or a training run's workdir.
-        resize: resize and crop the images as the checkpoint says (short side, then the centre). False feeds them as
-            they are, at any size.
+        resize: resize the images as the checkpoint says (classification: the short side, then the centre is cut out;
+            segmentation: into its scale, keeping the ratio). False feeds them as they are, at any size.
         weights: "ema", "raw", or None for the averaged weights where there are any.
         dtype: dtype of the computation.
         scan_implementation: see `create_model`.
@@ -71,21 +82,37 @@ def inference_function(
     """
     description, parameters = load_checkpoint(checkpoint, weights)
     model = build_model(description, parameters, dtype=dtype, scan_implementation=scan_implementation)
-    preprocessing = description.preprocessing
     abstract = nnx.eval_shape(lambda: model)
+    of_task = _APPLY[description.task]
 
     @jax.jit
     def apply(parameters: Tree, images: jax.Array) -> Predictions:
         _check(images)
-        if resize:
-            images = resize_and_crop(images, preprocessing)
-        logits = bind(abstract, parameters)(normalise(images, preprocessing))
-        return {
-            "probabilities": jax.nn.softmax(logits),
-            "labels": jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        }
+        return of_task(bind(abstract, parameters), images, description.preprocessing, resize)
 
-    return InferenceFunction(apply, get_parameters(model), description.class_names, preprocessing)
+    return InferenceFunction(apply, get_weights(model), description)
+
+
+def _classify(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
+    if resize:
+        images = resize_and_crop(images, preprocessing)
+    logits = model(normalise(images, preprocessing))
+    return {"probabilities": jax.nn.softmax(logits), "labels": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+
+
+def _segment(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
+    resized = resize_within(images, preprocessing) if resize else images
+    probabilities = pixel_probabilities(model, normalise(resized, preprocessing), *images.shape[1:3])
+    return {
+        "probabilities": jnp.max(probabilities, axis=-1),
+        "labels": jnp.argmax(probabilities, axis=-1).astype(jnp.int32),
+    }
+
+
+_APPLY: dict[str, Callable[[Any, jax.Array, Any, bool], Predictions]] = {
+    "classification": _classify,
+    "segmentation": _segment,
+}
 
 
 def _check(images: jax.Array) -> None:
@@ -93,55 +120,3 @@ def _check(images: jax.Array) -> None:
         raise InputError(f"images must have the shape (batch, height, width, 3); got {images.shape}")
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images must be uint8 or floating point in 0..1; got {images.dtype}")
-
-
-def normalise(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """Images (..., 3), uint8 or floating point in 0..1, to float32 (x - mean) / std."""
-    scaled = images.astype(jnp.float32)
-    if images.dtype == jnp.uint8:
-        scaled = scaled / 255.0
-    return (scaled - jnp.asarray(preprocessing.mean)) / jnp.asarray(preprocessing.std)
-
-
-def resize_and_crop(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
-    """`Preprocessing.crop` on a batch of arrays: the short side to `resize`, then the centre of `size` x `size`.
-
-    Filters are Pillow's, antialiased; uint8 images are rounded after each direction as Pillow does, so that few values
-    differ from it, and those by one step.
-
-    Args:
-        images: (b, height, width, 3), uint8 or floating point.
-        preprocessing: the sizes and the interpolation.
-
-    Returns:
-        (b, size, size, 3) in the dtype of `images`.
-
-    Raises:
-        InputError: the interpolation has no counterpart in JAX.
-    """
-    short = min(images.shape[1:3])
-    target = [
-        preprocessing.resize if length == short else int(preprocessing.resize * length / short)
-        for length in images.shape[1:3]
-    ]
-    if preprocessing.interpolation not in _METHODS:
-        raise InputError(
-            f"arrays cannot be resized with interpolation {preprocessing.interpolation!r}: resize them on the host "
-            "(Preprocessing.crop) and pass resize=False"
-        )
-    method = _METHODS[preprocessing.interpolation]
-    for axis in (2, 1):
-        images = _resize_axis(images, axis, target[axis - 1], method)
-    top, left = (round((length - preprocessing.size) / 2.0) for length in target)
-    return images[:, top : top + preprocessing.size, left : left + preprocessing.size]
-
-
-def _resize_axis(images: jax.Array, axis: int, size: int, method: str) -> jax.Array:
-    if images.shape[axis] == size:
-        return images
-    shape = [*images.shape]
-    shape[axis] = size
-    resized = jax.image.resize(images.astype(jnp.float32), shape, method, precision=jax.lax.Precision.HIGHEST)
-    if images.dtype == jnp.uint8:
-        resized = jnp.clip(jnp.floor(resized + 0.5), 0, 255)  # a half goes up, as in Pillow
-    return resized.astype(images.dtype)

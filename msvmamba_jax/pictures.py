@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _TILE, _GAP, _LINE, _SHOWN = 224, 16, 20, 3
-_INK, _BAR, _TRACK, _PAPER = (28, 30, 33), (143, 186, 226), (226, 232, 240), (255, 255, 255)
+INK, PAPER = (28, 30, 33), (255, 255, 255)
+_BAR, _TRACK = (143, 186, 226), (226, 232, 240)
 
 
 def prediction_sheet(images: Sequence[np.ndarray], predictions: Sequence[Mapping[str, Any]]) -> Image.Image:
@@ -25,13 +26,13 @@ def prediction_sheet(images: Sequence[np.ndarray], predictions: Sequence[Mapping
     rows = math.ceil(len(images) / columns)
     cell_height = _LINE + _TILE + 8 + _SHOWN * _LINE
     size = (columns * (_TILE + _GAP) + _GAP, rows * (cell_height + _GAP) + _GAP)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
     for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
         x = _GAP + index % columns * (_TILE + _GAP)
         y = _GAP + index // columns * (cell_height + _GAP)
-        draw.text((x, y), _fitted(Path(prediction["file"]).name, font, _TILE), _INK, font)
+        draw.text((x, y), fitted(Path(prediction["file"]).name, font, _TILE), INK, font)
         y += _LINE
         # Small images are enlarged without smoothing: these are the pixels that the model saw.
         enlarged = image.shape[0] < _TILE // 2
@@ -43,13 +44,14 @@ def prediction_sheet(images: Sequence[np.ndarray], predictions: Sequence[Mapping
             draw.rectangle((x, y, x + _TILE - 1, y + _LINE - 4), _TRACK)
             draw.rectangle((x, y, x + round((_TILE - 1) * entry["probability"]), y + _LINE - 4), _BAR)
             number_width = math.ceil(font.getlength(percent))
-            draw.text((x + 5, y), _fitted(entry["name"], font, _TILE - number_width - 20), _INK, font)
-            draw.text((x + _TILE - 5 - number_width, y), percent, _INK, font)
+            draw.text((x + 5, y), fitted(entry["name"], font, _TILE - number_width - 20), INK, font)
+            draw.text((x + _TILE - 5 - number_width, y), percent, INK, font)
             y += _LINE
     return sheet
 
 
-def _fitted(text: str, font: Any, width: int) -> str:
+def fitted(text: str, font: Any, width: int) -> str:
+    """The text, or as much of its beginning as fits into `width` pixels with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

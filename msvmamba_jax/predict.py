@@ -1,4 +1,4 @@
-"""Classify images.
+"""Classify or segment images.
 
 python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 """
@@ -6,7 +6,9 @@ python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,83 +16,176 @@ import numpy as np
 
 from msvmamba_jax import command
 
+_MAX_THUMBNAILS = 60  # on the picture; predictions.json has them all
+
 
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m msvmamba_jax.predict",
-        description="Classify images: JPEG, PNG and other formats, of any size and colour mode. Prints the most "
-        "probable classes of each; with --output also writes predictions.json and a picture, predictions.png.",
+        description="Classify or segment images: JPEG, PNG and other formats, of any size and colour mode. Prints the "
+        "most probable classes of each, or those that take up most of it; with --output also writes predictions.json "
+        "and pictures: for classification predictions.png, for segmentation an overlay and a label map for each image.",
     )
     parser.add_argument("checkpoint", help="a checkpoint folder, or the workdir of a training run")
     parser.add_argument("images", nargs="+", help="image files, or folders to search")
-    parser.add_argument("--output", metavar="DIR", help="folder for predictions.json and predictions.png")
+    parser.add_argument("--output", metavar="DIR", help="folder for predictions.json and the pictures")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show for each image (default: 5)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw weights (default: averaged, if any)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="images at a time (default: 16); segmentation takes one at a time"
+    )
     arguments = parser.parse_args()
 
-    import tqdm
-
-    from msvmamba_jax.data.images import find_images, read_image
+    from msvmamba_jax.checkpoint import read_description
+    from msvmamba_jax.data.images import find_images
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.inference import inference_function
-    from msvmamba_jax.pictures import prediction_sheet
 
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")
-    if arguments.output and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
-        raise InputError(f"--output {arguments.output} is a file: give a folder")
-    paths = find_images(arguments.images)
-    infer = inference_function(arguments.checkpoint, resize=False, weights=arguments.weights, dtype=arguments.dtype)
-    top = min(arguments.top, len(infer.class_names))
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: give a folder")
+    images = Images(find_images(arguments.images))
+    task = read_description(arguments.checkpoint).task
+    infer = inference_function(
+        arguments.checkpoint,
+        resize=task != "classification",  # whose images are cropped here, to one shape
+        weights=arguments.weights,
+        dtype=arguments.dtype,
+    )
+    by_task = {"classification": _classify, "segmentation": _segment}
+    predictions = by_task[task](infer, images, arguments, output)
+    if output is not None and predictions:
+        output.mkdir(parents=True, exist_ok=True)
+        command.write_json(output / "predictions.json", predictions)
+        print(f"wrote {output / 'predictions.json'} and {_PICTURES[task].format(output)}")
+    return 1 if images.unreadable else 0
 
+
+_PICTURES = {"classification": "{}/predictions.png", "segmentation": "for each image {}/*_overlay.png and *_labels.png"}
+
+
+class Images:
+    """Reads files one after the other, with a progress bar; tells of those that it cannot read and goes on.
+
+    Attributes:
+        unreadable: how many could not be read so far.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+        self.unreadable = 0
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[tuple[Path, np.ndarray]]:
+        import tqdm
+
+        from msvmamba_jax.data.images import read_image
+        from msvmamba_jax.errors import InputError
+
+        for path in tqdm.tqdm(self._paths, unit="image", disable=not sys.stderr.isatty(), leave=False):
+            try:
+                image = read_image(path)
+            except InputError as error:
+                tqdm.tqdm.write(f"error: {error}", file=sys.stderr)
+                self.unreadable += 1
+            else:
+                yield path, image
+
+
+def _classify(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
+    """Prints a line for each image; `predictions.png` shows the first ones."""
+    from msvmamba_jax.pictures import prediction_sheet
+
+    top = min(arguments.top, len(infer.class_names))
+    batch_size = min(arguments.batch_size, len(images))
     predictions: list[dict[str, Any]] = []
     thumbnails: list[np.ndarray] = []
-    unreadable = 0
-    progress = tqdm.tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty(), leave=False)
-    for start in range(0, len(paths), arguments.batch_size):
-        read, crops = [], []
-        for path in paths[start : start + arguments.batch_size]:
-            try:
-                crop = infer.preprocessing.crop(read_image(path))
-            except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
-                unreadable += 1
-            else:
-                read.append(path)
-                crops.append(crop)
-            progress.update(1)
-        if not crops:
-            continue
+    read: list[tuple[Path, np.ndarray]] = []
+
+    def predict() -> None:
         # A last, smaller batch is filled up rather than compiled for.
-        missing = min(arguments.batch_size, len(paths)) - len(crops)
-        batch = np.concatenate([np.stack(crops), np.zeros((missing, *crops[0].shape), np.uint8)])
-        probabilities = np.asarray(infer(batch)["probabilities"])[: len(crops)]
-        for path, row in zip(read, probabilities, strict=True):
+        crops = np.stack([crop for _, crop in read])
+        batch = np.concatenate([crops, np.zeros((batch_size - len(read), *crops.shape[1:]), np.uint8)])
+        for (path, _), row in zip(read, np.asarray(infer(batch)["probabilities"]), strict=False):
             labels = np.argsort(-row, kind="stable")[:top]
             classes = [{"label": int(i), "name": infer.class_names[i], "probability": float(row[i])} for i in labels]
             predictions.append({"file": str(path), "classes": classes})
-            line = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in classes)
-            tqdm.tqdm.write(f"{path}: {line}")
+            _say(path, ", ".join(f"{c['name']} {c['probability']:.1%}" for c in classes))
         thumbnails.extend(crops[: _MAX_THUMBNAILS - len(thumbnails)])
-    progress.close()
+        read.clear()
 
-    if arguments.output and predictions:
-        output = Path(arguments.output)
-        sheet = prediction_sheet(thumbnails, predictions[: len(thumbnails)])
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            sheet.save(output / "predictions.png")
-        except OSError as error:
-            raise InputError(f"cannot write {output / 'predictions.png'}: {error.strerror or error}") from error
-        command.write_json(output / "predictions.json", predictions)
-        print(f"wrote {output / 'predictions.json'} and {output / 'predictions.png'}")
-    return 1 if unreadable else 0
+    for path, image in images:
+        read.append((path, infer.preprocessing.crop(image)))
+        if len(read) == batch_size:
+            predict()
+    if read:
+        predict()
+    if output is not None and predictions:
+        _save(prediction_sheet(thumbnails, predictions[: len(thumbnails)]), output / "predictions.png")
+    return predictions
 
 
-_MAX_THUMBNAILS = 60  # on the picture; predictions.json has them all
+def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
+    """Prints a line for each image, and saves its overlay and its label map."""
+    from PIL import Image
+
+    from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay
+
+    names = infer.class_names
+    palette = class_palette(names)
+    predictions: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for path, image in images:
+        labels = np.asarray(infer(image[None])["labels"])[0]
+        counts = np.bincount(labels.ravel(), minlength=len(names))
+        largest = [int(i) for i in np.argsort(-counts, kind="stable")[: arguments.top] if counts[i]]
+        classes = [{"label": i, "name": names[i], "part": counts[i] / labels.size} for i in largest]
+        prediction: dict[str, Any] = {"file": str(path), "classes": classes}
+        _say(path, ", ".join(f"{c['name']} {c['part']:.1%}" for c in classes))
+        if output is not None:
+            stem = _free_name(path.stem, taken)
+            label_map = Image.fromarray(labels.astype(np.uint8), "P")
+            label_map.putpalette(palette.tobytes())
+            for kind, picture in (
+                ("overlay", segmentation_overlay(image, labels, names, palette)),
+                ("labels", label_map),
+            ):
+                prediction[kind] = f"{stem}_{kind}.png"
+                _save(picture, output / prediction[kind])
+        predictions.append(prediction)
+    return predictions
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with a number behind it where another file had it."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    taken.add(found)
+    return found
+
+
+def _say(path: Path, line: str) -> None:
+    import tqdm
+
+    tqdm.tqdm.write(f"{path}: {line}")
+
+
+def _save(picture: Any, path: Path) -> None:
+    from msvmamba_jax.errors import InputError
+
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

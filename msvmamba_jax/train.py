@@ -28,7 +28,7 @@ flags.mark_flag_as_required("config")
 
 
 def _main() -> int | None:
-    from msvmamba_jax.data.pipeline import load_dataset
+    from msvmamba_jax.data.datasets import load_dataset
     from msvmamba_jax.tasks.registry import make_task
     from msvmamba_jax.training.loop import train
     from msvmamba_jax.training.processes import join

@@ -23,10 +23,11 @@ import numpy as np
 from PIL import Image
 
 from msvmamba_jax import command
-from msvmamba_jax.data.augment import Augmentation, random_crop
+from msvmamba_jax.data.augment import random_crop
+from msvmamba_jax.data.datasets import load_dataset
 from msvmamba_jax.data.folder import load_folder
 from msvmamba_jax.data.images import decode_image
-from msvmamba_jax.data.pipeline import load_dataset, train_batches
+from msvmamba_jax.data.pipeline import train_batches
 from msvmamba_jax.data.randaugment import OPERATIONS, RandAugment, operation_argument
 from msvmamba_jax.errors import InputError
 
@@ -89,8 +90,7 @@ def time_pipeline(dataset: Any, *, batch_size: int, images: int, workers: int, s
 
 
 def time_stages(source: Any, size: int, count: int) -> dict[str, float]:
-    """Seconds for an image of each stage, by the pipeline's own functions in this process."""
-    crop = Augmentation(size=size, randaugment=None, flip=0.0)
+    """Seconds for an image of each stage, by the steps of `Augmentation` in this process."""
     policy = RandAugment.from_string(_POLICY)
     rng = np.random.default_rng(0)
     seconds = dict.fromkeys(("reading", "decoding", "crop and resize", "flip", "RandAugment"), 0.0)
@@ -107,12 +107,14 @@ def time_stages(source: Any, size: int, count: int) -> dict[str, float]:
         lap("reading")
         image = decode_image(content, name=name)
         lap("decoding")
-        image = crop({"image": image}, rng)["image"]
+        top, left, height, width = random_crop(*image.shape[:2], rng)
+        picture = Image.fromarray(image[top : top + height, left : left + width])
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         lap("crop and resize")
         if rng.random() < 0.5:
-            image = np.ascontiguousarray(image[:, ::-1])
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         lap("flip")
-        policy(image, rng)
+        np.array(policy.apply(picture, rng))
         lap("RandAugment")
     return {name: value / count for name, value in seconds.items()}
 

@@ -9,119 +9,26 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from msvmamba_jax.data import making
+from msvmamba_jax.data.textures import TEXTURES, Rng
 from msvmamba_jax.errors import InputError
-
-Rng = np.random.Generator
 
 _QUALITY = 88
 _GREY, _CMYK = 0.02, 0.01  # parts of all images
-
-
-def _cell(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets in -0.5..0.5 from the centres of a grid of unit cells, every other row shifted."""
-    row = np.floor(y)
-    x = x + 0.5 * (row % 2)
-    return x - np.floor(x) - 0.5, y - row - 0.5
-
-
-def _stripes(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sin(2 * np.pi * x)
-
-
-def _waves(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sin(2 * np.pi * (x + 0.35 * np.sin(2 * np.pi * y / rng.uniform(1.5, 2.5))))
-
-
-def _checks(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sin(np.pi * x) * np.sin(np.pi * y) * 2
-
-
-def _dots(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    u, v = _cell(x, y)
-    return (rng.uniform(0.26, 0.36) - np.hypot(u, v)) * 8
-
-
-def _rings(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sin(2 * np.pi * np.hypot(x, y))
-
-
-def _spirals(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    arms = int(rng.integers(2, 4)) * rng.choice((-1, 1))
-    return np.sin(2 * np.pi * np.hypot(x, y) * 0.7 + arms * np.arctan2(y, x))
-
-
-def _rays(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    return np.sin(rng.integers(7, 14) * np.arctan2(y, x))
-
-
-def _triangles(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    u, v = _cell(x, y)
-    return (np.minimum(0.4 - 2 * np.abs(u) + (v - 0.4) + 0.4, v + 0.35)) * 6
-
-
-def _bricks(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    u, v = _cell(x / 2, y)
-    joint = rng.uniform(0.07, 0.12)
-    return np.minimum(1 - 2 * np.abs(u) - joint, (1 - 2 * np.abs(v)) - 2 * joint) * 8
-
-
-def _grid(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    width = rng.uniform(0.08, 0.14)
-    return np.maximum(width - np.abs(x - np.round(x)), width - np.abs(y - np.round(y))) * 12
-
-
-def _crosses(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    u, v = _cell(x, y)
-    arm = np.maximum(np.minimum(0.1 - np.abs(u), 0.36 - np.abs(v)), np.minimum(0.36 - np.abs(u), 0.1 - np.abs(v)))
-    return arm * 12
-
-
-def _clouds(x: np.ndarray, y: np.ndarray, rng: Rng) -> np.ndarray:
-    """Octaves of noise."""
-    total = np.zeros_like(x)
-    for octave in range(4):
-        values = rng.normal(size=(64, 64)) / 1.6**octave
-        u, v = x * 0.5 * 2**octave, y * 0.5 * 2**octave
-        i, j = np.floor(u).astype(int), np.floor(v).astype(int)
-        s, t = (a - np.floor(a) for a in (u, v))
-        s, t = s * s * (3 - 2 * s), t * t * (3 - 2 * t)
-        corner = [[values[(i + a) % 64, (j + b) % 64] for b in (0, 1)] for a in (0, 1)]
-        total += (1 - s) * ((1 - t) * corner[0][0] + t * corner[0][1]) + s * ((1 - t) * corner[1][0] + t * corner[1][1])
-    return total
-
-
-CLASSES: dict[str, Callable[[np.ndarray, np.ndarray, Rng], np.ndarray]] = {
-    "bricks": _bricks,
-    "checks": _checks,
-    "clouds": _clouds,
-    "crosses": _crosses,
-    "dots": _dots,
-    "grid": _grid,
-    "rays": _rays,
-    "rings": _rings,
-    "spirals": _spirals,
-    "stripes": _stripes,
-    "triangles": _triangles,
-    "waves": _waves,
-}
-"""The field of every class, from positions in periods; positive is the figure, negative the ground."""
 
 
 def draw(name: str, rng: Rng, *, low: int = 200, high: int = 600) -> Image.Image:
     """Draws an image of a class.
 
     Args:
-        name: a key of `CLASSES`.
+        name: a key of `TEXTURES`.
         rng: the only source of randomness.
         low: least side, in pixels.
         high: greatest side, in pixels.
@@ -136,7 +43,7 @@ def draw(name: str, rng: Rng, *, low: int = 200, high: int = 600) -> Image.Image
     centre = rng.uniform(0.3, 0.7, 2) * (width, height)
     x, y = (columns - centre[0]) / period, (rows - centre[1]) / period
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-    field = CLASSES[name](x, y, rng)
+    field = TEXTURES[name](x, y, rng)
     # The same random parts of figure and ground for all classes: else the amount of a colour would tell the class.
     field = (field - np.quantile(field, rng.uniform(0.3, 0.7))) * rng.choice((-1, 1))
     part = 1 / (1 + np.exp(-np.clip(6 * field, -30, 30)))
@@ -184,21 +91,13 @@ def make(root: Path, *, train: int, val: int, seed: int, processes: int) -> int:
         InputError: `root` exists and is not empty, or cannot be written.
     """
     jobs: list[tuple[Path, str, int, int, int]] = []
-    try:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise InputError(f"{root} exists and is not empty: name another folder, or remove it first.")
+    with making.new_folder(root):
         for split_number, (split, count) in enumerate((("train", train), ("val", val))):
-            for label, name in enumerate(CLASSES):
+            for label, name in enumerate(TEXTURES):
                 folder = root / split / name
                 folder.mkdir(parents=True)
                 jobs += [(folder / f"{name}_{i:05}.JPEG", name, split_number, label, i) for i in range(count)]
-        # Spawned: forked children of a program with threads may hang.
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            done = pool.imap_unordered(functools.partial(_write, seed=seed), jobs, chunksize=8)
-            for _ in tqdm(done, total=len(jobs), unit="image", disable=not sys.stderr.isatty()):
-                pass
-    except OSError as error:
-        raise InputError(f"Cannot write {root}: {error.strerror or error}.") from error
+        making.run(functools.partial(_write, seed=seed), jobs, processes=processes)
     return len(jobs)
 
 
@@ -227,7 +126,7 @@ def main() -> None:
         )
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"{arguments.root}: {count} images of {len(CLASSES)} classes")
+    print(f"{arguments.root}: {count} images of {len(TEXTURES)} classes")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from msvmamba_jax.kernels.selective_scan.routes import Route
 from msvmamba_jax.kernels.selective_scan.selection import (
     available_implementations,
     implementations,
+    preferred_implementation,
     requested_implementation,
 )
 
@@ -12,6 +13,7 @@ __all__ = [
     "Route",
     "available_implementations",
     "implementations",
+    "preferred_implementation",
     "requested_implementation",
     "selective_scan",
     "selective_scan_2d",

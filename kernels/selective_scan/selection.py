@@ -77,6 +77,20 @@ def requested_implementation(implementation: str | None) -> str | None:
     return name
 
 
+def preferred_implementation() -> str:
+    """The name that `MSVMAMBA_SCAN` asks for, or of the fastest that runs on the default device, whatever the scan.
+
+    Raises:
+        ValueError: as `requested_implementation`.
+    """
+    name = requested_implementation(None)
+    if name is not None:
+        return name
+    if _default_device().platform != "gpu":
+        return FALLBACK
+    return next(name for name in implementations() if load(name).unavailable() is None)
+
+
 def choose(implementation: str | None, inputs: ScanInputs, routes: tuple[Route, ...]) -> str:
     """The implementation that runs: the one asked for, or the fastest that can run here and takes this scan.
 

@@ -17,6 +17,7 @@ from msvmamba_jax.models.mixers import CrossScanMixer, MultiScaleMixer
 
 STAGES = 4
 MAX_DEPTH = 1000  # beyond any use; a damaged description must not build for ever
+FIRST_FREE_SITE = 2 * STAGES * MAX_DEPTH  # of random decisions outside of the backbone, see `DropPath`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,8 +169,7 @@ class Backbone(nnx.Module):
             Four maps (b, h_i, w_i, c_i): h_0 = height // 4, then each half of the one before, rounded up; c_i is
             `config.widths[i]`. In `dtype`.
         """
-        if keys is not None and keys.ndim == 0:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(images.shape[0]))
+        keys = keys_of_images(keys, images.shape[0])
         x = self.patch_embedding(images)
         features = []
         for index, stage in enumerate(self.stages):
@@ -178,3 +178,10 @@ class Backbone(nnx.Module):
             x = stage(x, keys)
             features.append(x)
         return features
+
+
+def keys_of_images(keys: jax.Array | None, count: int) -> jax.Array | None:
+    """One key for each of `count` images, from as many (which are returned as they are), from one, or from None."""
+    if keys is None or keys.ndim:
+        return keys
+    return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(count))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.layers import PatchEmbedding
 from msvmamba_jax.models.mixers import CROSS_ROUTES, FULL_ROUTES, HALF_ROUTES, SqueezeExcitation, delta_rank
+from msvmamba_jax.models.upernet import BINS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,32 @@ def classifier_flops(config: BackboneConfig, num_classes: int, height: int, widt
     features = config.widths[-1]
     head = layer_norm(h * w * features) + adaptive_avg_pool(h * w * features) + linear(1, features, num_classes)
     return backbone_flops(config, height, width) + head
+
+
+def segmenter_flops(config: BackboneConfig, num_classes: int, height: int, width: int, *, channels: int = 512) -> Flops:
+    """Of `Segmenter` on one image of height x width pixels, up to its logits, without the auxiliary head."""
+    sizes = stage_sizes(height, width)
+    positions = [h * w for h, w in sizes]
+    total = backbone_flops(config, height, width) + out_norms_flops(config, height, width)
+
+    last = config.widths[-1]
+    for cells in BINS:
+        total += adaptive_avg_pool(positions[-1] * last) + _conv_unit(last, channels, 1, cells * cells)
+        total += upsample_bilinear(positions[-1] * channels)
+    total += _conv_unit(last + len(BINS) * channels, channels, 3, positions[-1])
+    for features, count in zip(config.widths[:-1], positions[:-1], strict=True):
+        # The lateral layer, the level above resized to this one's size, and the output layer.
+        total += _conv_unit(features, channels, 1, count) + upsample_bilinear(count * channels)
+        total += _conv_unit(channels, channels, 3, count)
+    total += upsample_bilinear((len(positions) - 1) * positions[0] * channels)
+    total += _conv_unit(len(positions) * channels, channels, 3, positions[0])
+    return total + conv(channels, num_classes, 1, positions[0])
+
+
+def out_norms_flops(config: BackboneConfig, height: int, width: int) -> Flops:
+    """Of the norms that dense tasks put behind the stages."""
+    elements = [h * w * c for (h, w), c in zip(stage_sizes(height, width), config.widths, strict=True)]
+    return layer_norm(sum(elements))
 
 
 def backbone_flops(config: BackboneConfig, height: int, width: int) -> Flops:
@@ -91,6 +118,11 @@ def layer_norm(elements: int) -> Flops:
     return Flops({"layer_norm": 5 * elements})
 
 
+def batch_norm(elements: int) -> Flops:
+    """A batch normalisation of that many numbers by running statistics."""
+    return Flops({"batch_norm": 2 * elements})
+
+
 def adaptive_avg_pool(elements: int) -> Flops:
     """A mean over that many numbers."""
     return Flops({"adaptive_avg_pool2d": elements})
@@ -99,6 +131,10 @@ def adaptive_avg_pool(elements: int) -> Flops:
 def upsample_bilinear(elements: int) -> Flops:
     """A bilinear enlargement to that many numbers."""
     return Flops({"upsample": 4 * elements})
+
+
+def _conv_unit(inputs: int, outputs: int, size: int, positions: int) -> Flops:
+    return conv(inputs, outputs, size, positions) + batch_norm(positions * outputs)
 
 
 def _block(config: BackboneConfig, features: int, h: int, w: int) -> Flops:

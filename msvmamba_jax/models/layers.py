@@ -121,6 +121,15 @@ class Downsampling(nnx.Module):
         return self.reduction(self.norm(merged))
 
 
+def _keep(keys: jax.Array, site: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Decisions of `shape` for each key, (b, *shape): false with probability `rate`."""
+    return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, shape))(keys)
+
+
+def _scaled_where(keep: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
 class DropPath(nnx.Module):
     """Stochastic depth (Huang et al., arXiv:1603.09382), one decision for each image.
 
@@ -141,6 +150,23 @@ class DropPath(nnx.Module):
         """
         if keys is None or self.rate == 0.0:
             return x
-        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.site), 1.0 - self.rate))(keys)
-        keep = keep.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - self.rate), x.dtype), jnp.zeros((), x.dtype))
+        return _scaled_where(_keep(keys, self.site, self.rate, (1,) * (x.ndim - 1)), x, self.rate)
+
+
+class ChannelDropout(nnx.Module):
+    """Dropout of whole channels (Tompson et al., arXiv:1411.4280), decided for each image as in `DropPath`."""
+
+    def __init__(self, rate: float, site: int):
+        self.rate = rate
+        self.site = site
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """x (b, h, w, c) with some channels of some images zero; the rest is scaled by 1 / (1 - rate).
+
+        Args:
+            x: (b, h, w, c).
+            keys: as for `DropPath`.
+        """
+        if keys is None or self.rate == 0.0:
+            return x
+        return _scaled_where(_keep(keys, self.site, self.rate, (1, 1, x.shape[-1])), x, self.rate)

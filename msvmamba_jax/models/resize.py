@@ -1,4 +1,4 @@
-"""Bilinear resizing of feature maps with PyTorch's align_corners=False coordinates."""
+"""Bilinear resizing of feature maps with PyTorch's align_corners=False coordinates, and its adaptive pooling."""
 
 from __future__ import annotations
 
@@ -6,10 +6,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msvmamba_jax.models.depthwise import accumulator_dtype
+
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes x (b, h, w, d) to (b, height, width, d), without antialiasing, in the dtype of `x`."""
     return _resize_axis(_resize_axis(x, 1, height), 2, width)
+
+
+def resize_bilinear_twice(x: jax.Array, between: tuple[int, int], height: int, width: int) -> jax.Array:
+    """`resize_bilinear` to the size `between`, then to (height, width), without a map of the size in between.
+
+    Both are linear and separate along the axes, so two matrices make one.
+    """
+    for axis, middle, size in ((1, between[0], height), (2, between[1], width)):
+        matrix = _interpolation_matrix(middle, size) @ _interpolation_matrix(x.shape[axis], middle)
+        x = _times(jnp.asarray(matrix, x.dtype), x, axis)
+    return x
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Means of x (b, h, w, d) over a grid of size x size cells, (b, size, size, d), in the dtype of `x`.
+
+    Cell i of n positions covers floor(i n / size) to ceil((i + 1) n / size): neighbours overlap where `size` does not
+    divide n, and a map smaller than the grid is repeated.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    rows, columns = (jnp.asarray(_pooling_matrix(n, size), dtype) for n in x.shape[1:3])
+    pooled = jnp.einsum("bhwd,ph,qw->bpqd", x.astype(dtype), rows, columns, precision=jax.lax.Precision.HIGHEST)
+    return pooled.astype(x.dtype)
+
+
+def _pooling_matrix(old: int, new: int) -> np.ndarray:
+    """(new, old) weights; each row is the mean over one cell."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        start, stop = i * old // new, -(-(i + 1) * old // new)
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
 
 
 def _resize_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -19,8 +53,13 @@ def _resize_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     if size == 2 * old:
         return _double(x, axis)
     weights = jnp.asarray(_interpolation_matrix(old, size), x.dtype)
-    resized = jnp.tensordot(weights, x, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)
-    return jnp.moveaxis(resized, 0, axis)
+    return _times(weights, x, axis)
+
+
+def _times(matrix: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """The matrix (new, old) applied along an axis of length old."""
+    product = jnp.tensordot(matrix, x, axes=(1, axis), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(product, 0, axis)
 
 
 def _double(x: jax.Array, axis: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The table of variants and `create_model`."""
+"""The table of variants, `create_model` and `create_segmenter`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from msvmamba_jax.errors import InputError
 from msvmamba_jax.kernels.selective_scan import requested_implementation
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
+from msvmamba_jax.models.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +25,18 @@ class Variant:
     Attributes:
         backbone: its configuration, with the stochastic depth of its ImageNet recipe.
         reported_top1: ImageNet-1k top-1 accuracy in per cent at 224 x 224 that the original's authors report, if any.
+        segmentation_drop_path: stochastic depth of its ADE20K recipe, where it is not that of ImageNet.
     """
 
     backbone: BackboneConfig
     reported_top1: float | None = None
+    segmentation_drop_path: float | None = None
 
 
 VARIANTS: dict[str, Variant] = {
     # arXiv:2405.14174, table 1.
-    "msvmamba_nano": Variant(BackboneConfig(width=48, depths=(1, 2, 5, 2), drop_path=0.2), 77.3),
-    "msvmamba_micro": Variant(BackboneConfig(width=64, depths=(1, 2, 5, 2), drop_path=0.2), 79.8),
+    "msvmamba_nano": Variant(BackboneConfig(width=48, depths=(1, 2, 5, 2), drop_path=0.2), 77.3, 0.3),
+    "msvmamba_micro": Variant(BackboneConfig(width=64, depths=(1, 2, 5, 2), drop_path=0.2), 79.8, 0.3),
     "msvmamba_tiny": Variant(BackboneConfig(width=96, depths=(1, 2, 9, 2), drop_path=0.2), 82.8),
     # The plain VMamba baselines (arXiv:2401.10166, first version).
     "vssm_tiny": Variant(BackboneConfig(width=96, depths=(2, 2, 9, 2), mixer="cross_scan", states=16, drop_path=0.2)),
@@ -101,18 +104,71 @@ def create_model(
         InputError: an unknown name, options that make no model, or a scan implementation that cannot run here.
     """
     config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
+    return Classifier(config, num_classes=num_classes, **_how(dtype, remat, scan_implementation), rngs=rngs)
+
+
+def create_segmenter(
+    name: str,
+    *,
+    num_classes: int = 150,
+    channels: int = 512,
+    auxiliary_channels: int = 256,
+    width: int | None = None,
+    depths: Sequence[int] | None = None,
+    states: int | None = None,
+    drop_path: float | None = None,
+    dtype: DTypeLike | Literal["float32", "bfloat16"] = jnp.float32,
+    remat: bool = False,
+    scan_implementation: str | None = None,
+    axis: str | None = None,
+    rngs: nnx.Rngs,
+) -> Segmenter:
+    """Builds a semantic segmenter with freshly initialised parameters.
+
+    Args:
+        name: the variant of the backbone, see `list_models`.
+        num_classes: outputs for each pixel.
+        channels: width of the UperNet head.
+        auxiliary_channels: width of the auxiliary head, which serves in training only.
+        width: see `create_model`.
+        depths: see `create_model`.
+        states: see `create_model`.
+        drop_path: highest rate of stochastic depth, instead of the variant's ADE20K recipe. It acts only where keys are
+            passed to the model.
+        dtype: see `create_model`.
+        remat: see `create_model`.
+        scan_implementation: see `create_model`.
+        axis: under `jax.pmap`, the name of the mapped axis, over which batch normalisation averages.
+        rngs: keys, such as `nnx.Rngs(0)`.
+
+    Returns:
+        A Flax NNX module: `model(images)` gives logits at a quarter of the images' size, `model.features(images)` four
+        maps.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
+    if drop_path is None and (recipe := VARIANTS[name].segmentation_drop_path) is not None:
+        config = dataclasses.replace(config, drop_path=recipe)
+    return Segmenter(
+        config,
+        num_classes=num_classes,
+        channels=channels,
+        auxiliary_channels=auxiliary_channels,
+        axis=axis,
+        **_how(dtype, remat, scan_implementation),
+        rngs=rngs,
+    )
+
+
+def _how(dtype: DTypeLike, remat: bool, scan_implementation: str | None) -> dict[str, Any]:
+    """The options of every model that say how it computes and not what, checked."""
     try:
         requested_implementation(scan_implementation)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return Classifier(
-        config,
-        num_classes=num_classes,
-        dtype=_compute_dtype(dtype),
-        remat=remat,
-        scan_implementation=scan_implementation,
-        rngs=rngs,
-    )
+    return {"dtype": _compute_dtype(dtype), "remat": remat, "scan_implementation": scan_implementation}
 
 
 def _compute_dtype(dtype: DTypeLike) -> np.dtype:

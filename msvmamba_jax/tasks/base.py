@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
 
@@ -18,11 +19,17 @@ Mirror = Callable[[jax.Array], jax.Array]
 class Evaluator(Protocol):
     """Collects predictions of one pass over a split, on the host."""
 
-    def update(self, predictions: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
-        """Adds one batch, without its images; `batch["mask"]` is False where a row is padding."""
+    def update(self, predictions: Mapping[str, np.ndarray], mask: np.ndarray) -> None:
+        """Adds the predictions of one batch; `mask` (b,) is False where a row is padding."""
 
     def result(self) -> dict[str, float]:
         """The metrics of all that was added."""
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Metrics of each class, with its `name`: plain JSON values."""
+
+    def sentence(self) -> str:
+        """The most important metrics for a person to read."""
 
 
 class Task(Protocol):
@@ -53,7 +60,14 @@ class Task(Protocol):
         """
 
     def predict(self, model: nnx.Module, batch: Batch) -> dict[str, jax.Array]:
-        """What the evaluator needs of a batch, traced; leading axis b."""
+        """All that `evaluator` and `draw` need of a batch, its truth included, traced; leading axis b."""
 
     def evaluator(self) -> Evaluator:
         """A new, empty evaluator."""
+
+    def draw(self, examples: Sequence[tuple[Batch, Batch]]) -> Image.Image:
+        """A picture of some evaluated images.
+
+        Args:
+            examples: for each its row of an evaluation batch, and its row of what `predict` made of it; NumPy arrays.
+        """

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.inference import normalise
+from msvmamba_jax.pictures import prediction_sheet
 from msvmamba_jax.tasks.base import Batch, Mirror
 from msvmamba_jax.tasks.erasing import erase
 from msvmamba_jax.tasks.mixing import Mixing
+from msvmamba_jax.tasks.pixels import normalise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,30 +72,54 @@ class Classification:
         return loss, {"accuracy_top1": jnp.mean(correct.astype(jnp.float32))}
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """`top` int32 (b, 5): the most probable labels; `loss` (b,): cross-entropy without smoothing."""
+        """See `Task`.
+
+        Returns:
+            `label` (b,), as in the batch; `top` int32 (b, 5), the most probable labels, and `probability` (b, 5),
+            theirs; `loss` (b,), the cross-entropy without smoothing.
+        """
         logits: jax.Array = model(normalise(batch["image"], self.description.preprocessing))
-        _, top = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        return {"top": top, "loss": optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])}
+        probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return {"label": batch["label"], "top": top, "probability": probability, "loss": loss}
 
     def evaluator(self) -> ClassificationEvaluator:
         """See `Task`."""
-        return ClassificationEvaluator()
+        return ClassificationEvaluator(self.description.class_names)
+
+    def draw(self, examples: Sequence[tuple[Batch, Batch]]) -> Image.Image:
+        """See `Task`: each image under the name of its class, with the most probable classes."""
+        names = self.description.class_names
+        predictions = [
+            {
+                "file": names[int(found["label"])],
+                "classes": [
+                    {"name": names[int(label)], "probability": float(probability)}
+                    for label, probability in zip(found["top"], found["probability"], strict=True)
+                ],
+            }
+            for _, found in examples
+        ]
+        return prediction_sheet([np.asarray(batch["image"]) for batch, _ in examples], predictions)
 
 
 class ClassificationEvaluator:
     """Exact counts over a split; rows whose mask is False count nowhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._names = class_names
+        self._of_class = np.zeros((len(class_names), 2), np.int64)  # images, and those that are right
         self.examples = self.top1 = self.top5 = 0
         self.loss = 0.0
 
-    def update(self, predictions: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> None:
+    def update(self, predictions: Mapping[str, np.ndarray], mask: np.ndarray) -> None:
         """See `Evaluator`."""
-        mask = batch["mask"]
-        hits = (predictions["top"] == batch["label"][:, None]) & mask[:, None]
+        hits = (predictions["top"] == predictions["label"][:, None]) & mask[:, None]
         self.examples += int(mask.sum())
         self.top1 += int(hits[:, 0].sum())
         self.top5 += int(hits.sum())
+        np.add.at(self._of_class[:, 0], predictions["label"][mask], 1)
+        np.add.at(self._of_class[:, 1], predictions["label"][hits[:, 0]], 1)
         self.loss += float(np.sum(predictions["loss"], where=mask, dtype=np.float64))
 
     def result(self) -> dict[str, float]:
@@ -105,3 +131,18 @@ class ClassificationEvaluator:
             "loss": self.loss / count,
             "images": self.examples,
         }
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Of each class the number of images, and the accuracy in 0..1; None where it has no image."""
+        return [
+            {"name": name, "images": int(images), "accuracy_top1": int(right) / int(images) if images else None}
+            for name, (images, right) in zip(self._names, self._of_class, strict=True)
+        ]
+
+    def sentence(self) -> str:
+        """See `Evaluator`."""
+        result = self.result()
+        return (
+            f"top-1 {result['accuracy_top1']:.2%}, top-5 {result['accuracy_top5']:.2%}, "
+            f"loss {result['loss']:.4f} on {self.examples:,} images"
+        )

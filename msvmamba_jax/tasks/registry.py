@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from msvmamba_jax.checkpoint import MODEL_OPTIONS, Description
+from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
 from msvmamba_jax.tasks.mixing import Mixing
+from msvmamba_jax.tasks.segmentation import Segmentation
 
 
 def make_task(config: Any, dataset: Dataset) -> Task:
@@ -19,24 +21,61 @@ def make_task(config: Any, dataset: Dataset) -> Task:
     Raises:
         InputError: an unknown task, model or option, or a value out of range.
     """
-    if config.task != "classification":
-        raise InputError(f"unknown config.task {config.task!r}; there is 'classification'")
+    if config.task not in _TASKS:
+        raise InputError(f"unknown config.task {config.task!r}; there are {', '.join(_TASKS)}")
     options = {key: value for key, value in config.model.to_dict().items() if value is not None}
-    known = {"name", *MODEL_OPTIONS}
-    if unknown := sorted(set(options) - known):
-        raise InputError(f"unknown option of config.model: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    mixing = config.mix.to_dict()
-    fields = {field.name for field in dataclasses.fields(Mixing)}
-    if unknown := sorted(set(mixing) - fields):
-        raise InputError(f"unknown option of config.mix: {', '.join(unknown)}; there are {', '.join(sorted(fields))}")
+    _reject_unknown("config.model", options, {"name", *KINDS[config.task].model_options})
+    if not isinstance(dataset.preprocessing, KINDS[config.task].preprocessing):
+        raise InputError(f"the data of config.data.source {config.data.source!r} are not for the task {config.task!r}")
     description = Description(
         model={**options, "num_classes": len(dataset.class_names)},
+        task=config.task,
         class_names=dataset.class_names,
         preprocessing=dataset.preprocessing,
     )
+    return _TASKS[config.task](config, description)
+
+
+def task_of_checkpoint(config: Any, description: Description, dataset: Dataset) -> Task:
+    """The task that a checkpoint's model is for, with the options of `config`, to be evaluated on `dataset`.
+
+    Raises:
+        InputError: the checkpoint is for another task or other classes than the configuration.
+    """
+    if description.task != config.task:
+        raise InputError(
+            f"the checkpoint is for the task {description.task!r}, but the configuration for {config.task!r}"
+        )
+    if len(description.class_names) != len(dataset.class_names):
+        raise InputError(
+            f"the checkpoint knows {len(description.class_names)} classes, but the data of this configuration has "
+            f"{len(dataset.class_names)}: evaluate with the configuration it was trained with"
+        )
+    return _TASKS[config.task](config, description)
+
+
+def _classification(config: Any, description: Description) -> Task:
+    mixing = config.mix.to_dict()
+    _reject_unknown("config.mix", mixing, {field.name for field in dataclasses.fields(Mixing)})
     return Classification(
         description=description,
         label_smoothing=config.label_smoothing,
         erase_probability=config.erase_probability,
         mixing=Mixing(**mixing),
     )
+
+
+def _segmentation(config: Any, description: Description) -> Task:
+    return Segmentation(description=description, tta=config.data.tta)
+
+
+def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(options) - known):
+        raise InputError(f"unknown option of {key}: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+
+
+# By the name that a configuration gives them; each takes the configuration and the description of the model.
+_TASKS: dict[str, Callable[[Any, Description], Task]] = {
+    "classification": _classification,
+    "segmentation": _segmentation,
+}

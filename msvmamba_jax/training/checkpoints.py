@@ -31,6 +31,12 @@ class RunCheckpoints:
         )
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
+    @staticmethod
+    def any_in(workdir: Path) -> bool:
+        """Whether there is a checkpoint to go on from, without making the folder."""
+        folder = workdir / "checkpoints"
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
     def latest_step(self) -> int | None:
         """The step of the latest checkpoint, or None."""
         return self._manager.latest_step()

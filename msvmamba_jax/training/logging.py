@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
+from PIL import Image
 
 
 class MetricsFile:
@@ -51,6 +53,11 @@ class TensorBoard:
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Adds an image."""
+        if self._writer is not None:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes."""
@@ -98,6 +105,7 @@ class Report(Progress):
     """All of the above for one run."""
 
     def __init__(self, workdir: Path, total: int, start: int):
+        self._pictures = workdir / "pictures"
         self._file = MetricsFile(workdir / "metrics.jsonl", start)
         self._tensorboard = TensorBoard(workdir / "tensorboard", start)
         super().__init__(total, start)
@@ -106,6 +114,12 @@ class Report(Progress):
         """Metrics for the file and TensorBoard."""
         self._file.write(step, metrics)
         self._tensorboard.write(step, metrics)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """A picture for TensorBoard, and as a file of its own in `pictures`."""
+        self._pictures.mkdir(exist_ok=True)
+        image.save(self._pictures / f"{name}_{step:08d}.png")
+        self._tensorboard.picture(step, name, image)
 
     def close(self) -> None:
         """Closes everything."""
@@ -127,6 +141,9 @@ class SilentReport:
         """Nothing."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Nothing."""
 
     def close(self) -> None:

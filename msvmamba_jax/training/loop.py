@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import json
-import math
 import os
 import signal
 import threading
@@ -16,18 +16,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from msvmamba_jax.data.pipeline import Dataset, evaluation_batches, train_batches, train_steps_per_epoch
+from msvmamba_jax.checkpoint import KINDS, Weights
+from msvmamba_jax.data.pipeline import Dataset, train_batches
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count
+from msvmamba_jax.kernels.selective_scan import preferred_implementation
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, flatten, get_weights
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints
-from msvmamba_jax.training.evaluation import evaluate
+from msvmamba_jax.training.durations import Clock, make_clock
+from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
 from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmup_steps
 from msvmamba_jax.training.parallelism import make_layout
-from msvmamba_jax.training.pretrained import with_pretrained
+from msvmamba_jax.training.pretrained import find_pretrained, with_pretrained
 from msvmamba_jax.training.processes import is_main, largest
-from msvmamba_jax.training.step import initial_state, predict_step, train_step
+from msvmamba_jax.training.step import initial_state, predict_step, train_step, weights_of
 from msvmamba_jax.training.watching import Interval, Profile
 
 
@@ -70,8 +73,13 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     """
     stop = StopRequest()
     layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=config.batch_size)
-    steps = total_steps(config, dataset)
-    _check(config, steps)
+    clock = make_clock(config, dataset)
+    steps = clock.steps
+    log_every, evaluate_every, save_every = (
+        clock.steps_of(name, config[name]) for name in ("log_every", "evaluate_every", "save_every")
+    )
+    _check(config)
+    evaluation_batch = evaluation_batch_size(config)
     profile = Profile(config.profile, workdir)
 
     # Model and optimiser. Abstract: the state is made, or restored, in place.
@@ -80,31 +88,36 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         "remat": config.remat,
         "scan_implementation": config.scan_implementation or None,
     }
+    if KINDS[task.description.task].batch_normalised:
+        options["axis"] = layout.axis
     model = abstract_model(lambda: task.description.build(rngs=SHAPE_KEYS, **options))
-    schedule = schedule_of(config, steps)
+    schedule = schedule_of(config, clock)
     optimizer = adamw(
         schedule,
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
+        no_decay=config.optimizer.no_decay,
         layer_decay=config.optimizer.layer_decay,
         freeze_backbone=config.freeze_backbone,
     )
 
     def init() -> dict[str, Any]:
-        return initial_state(task.description.build(rngs=nnx.Rngs(config.seed), **options), optimizer)
+        built = task.description.build(rngs=nnx.Rngs(config.seed), **options)
+        return initial_state(built, optimizer, ema=bool(config.ema_decay))
 
     # Resume: the latest checkpoint in the workdir, or a fresh start.
+    pretrained = None
+    if not RunCheckpoints.any_in(workdir):
+        pretrained = find_pretrained(config, task.description, dict(flatten(get_weights(model))))
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = RunCheckpoints(workdir, task.description)
-    start = checkpoints.latest_step()
-    if start is None:
-        state = with_pretrained(layout.create(init), config, task.description, workdir)
-        start = 0
-    else:
-        state = checkpoints.restore(layout.abstract(init))
+    start = checkpoints.latest_step() or 0
+    state = checkpoints.restore(layout.abstract(init)) if start else layout.create(init)
+    if pretrained is not None:
+        state = with_pretrained(state, pretrained, workdir)
     if is_main():
         _write_config(workdir, config)
-    _announce(config, task, dataset, workdir, steps, start, count(state["params"]))
+    _announce(config, task, dataset, workdir, clock, start, count(state["params"]))
     if start >= steps:
         _say(f"the run is complete: {start} of {steps} steps are done")
         checkpoints.close()
@@ -131,15 +144,43 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     )
     report = Report(workdir, steps, start) if is_main() else SilentReport()
 
-    def evaluate_both(step: int) -> float:
-        scores = {}
-        for name, weights in (("eval", "params"), ("eval_ema", "ema")):
-            host_batches = evaluation_batches(dataset, batch_size=config.batch_size, **shard)
-            result = evaluate(predict_fn, state[weights], host_batches, task, layout)
-            scores[weights] = result[task.score]
+    def evaluate_all(step: int) -> float:
+        """Evaluates the raw and the averaged weights, where there are both; the score of the latter."""
+        kinds: list[Weights] = ["raw", "ema"] if "ema" in state else ["raw"]
+        score = 0.0
+        for kind in kinds:
+            name = {"raw": "eval", "ema": "eval_ema"}[kind]
+            evaluation = evaluate(
+                predict_fn,
+                weights_of(state, kind),
+                dataset,
+                task,
+                layout,
+                batch_size=evaluation_batch,
+                title=f"{name} at step {step}",
+                pictures=config.pictures if kind == kinds[-1] else 0,
+            )
+            result = evaluation.evaluator.result()
+            score = result[task.score]
             report.write(step, {f"{name}/{key}": value for key, value in result.items()})
-            report.say(f"step {step}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-        return scores["ema"]
+            report.say(f"step {step}, {name}: {evaluation.evaluator.sentence()}")
+            if evaluation.picture is not None:
+                report.picture(step, name, evaluation.picture)
+        return score
+
+    pending: collections.deque[tuple[int, Any]] = collections.deque()
+    # Steps that may be under way: the host prepares the next one while the device works. Collectives of simulated
+    # devices bear no second step.
+    ahead = 0 if jax.default_backend() == "cpu" else 1
+
+    def settle(left: int) -> None:
+        """Reads the metrics of all steps but the latest `left`."""
+        while len(pending) > left:
+            of, device_metrics = pending.popleft()
+            metrics = {f"train/{name}": float(value) for name, value in jax.device_get(device_metrics).items()}
+            _check_finite(of, metrics, workdir)
+            report.advance()
+            interval.add(metrics)
 
     try:
         interval, step, stopped_by = Interval(), start, stop.agreed()
@@ -149,25 +190,26 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
                     report.say(told)
             state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
             step += 1
-            # Read every step: a bad value is noticed before anything of it is saved, and no more than one step is ever
-            # queued, which collectives of simulated devices need.
-            metrics = {f"train/{name}": float(value) for name, value in jax.device_get(device_metrics).items()}
-            _check_finite(step, metrics, workdir)
-            report.advance()
-            interval.add(metrics)
-            if step == start + 1:  # leave the compilation out of the rate
+            pending.append((step, device_metrics))
+            first, last = step == start + 1, step == steps
+            logged = last or step % log_every == 0
+            evaluated = last or step % evaluate_every == 0
+            saved = evaluated or step % save_every == 0
+            # Before anything of a step is told or saved, its metrics are known to be numbers.
+            settle(0 if first or logged or saved else ahead)
+            if first and not last:  # leave the compilation out of the rate
                 interval.restart_clock()
-            elif step % config.log_every == 0 or step == steps:
+            elif logged:
                 metrics = interval.finish(config.batch_size)
                 report.write(step, metrics)
                 report.show(step, metrics)
-            evaluated = step % config.evaluate_every == 0 or step == steps
             with interval.paused():
                 if evaluated:
-                    score = evaluate_both(step)
-                if evaluated or step % config.save_every == 0:
+                    score = evaluate_all(step)
+                if saved:
                     checkpoints.save(step, state, score if evaluated else None)
             stopped_by = stop.agreed()
+        settle(0)
         if told := profile.at(step):
             report.say(told)
         if stopped_by is not None and step > start:
@@ -185,17 +227,9 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     return None
 
 
-def total_steps(config: Any, dataset: Dataset) -> int:
-    """`config.epochs` in steps."""
-    return math.ceil(config.epochs * train_steps_per_epoch(dataset, batch_size=config.batch_size))
-
-
-def _check(config: Any, steps: int) -> None:
-    for name in ("log_every", "evaluate_every", "save_every", "accumulate"):
-        if config[name] < 1:
-            raise InputError(f"config.{name} must be at least 1; got {config[name]}")
-    if steps < 1:
-        raise InputError(f"config.epochs is {config.epochs}, which makes no step")
+def _check(config: Any) -> None:
+    if config.accumulate < 1:
+        raise InputError(f"config.accumulate must be at least 1; got {config.accumulate}")
     if config.batch_size % (config.accumulate * jax.device_count()):
         raise InputError(
             f"batch_size {config.batch_size} does not divide into {config.accumulate} parts "
@@ -223,23 +257,28 @@ def _write_config(workdir: Path, config: Any) -> None:
 
 
 def _announce(
-    config: Any, task: Task, dataset: Dataset, workdir: Path, steps: int, start: int, parameters: int
+    config: Any, task: Task, dataset: Dataset, workdir: Path, clock: Clock, start: int, parameters: int
 ) -> None:
     device = jax.devices()[0]
     where = f"going on from step {start:,}" if start else "from the start"
     devices = jax.device_count()
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     layout = f"fsdp {config.fsdp}" if config.fsdp > 1 else "state on every device"
+    height, width = task.description.preprocessing.nominal_size
+    averaged = f"averaged weights: decay {config.ema_decay:g}" if config.ema_decay else "no averaged weights"
     lines = (
-        f"Training {task.description.model['name']}, {parameters:,} parameters, {where}; everything goes to {workdir}.",
+        f"Training {task.description.model['name']} ({task.description.task}), {where}; everything goes to {workdir}.",
+        f"  model: {parameters:,} parameters, {task.description.flops(height, width).total:,} multiply-adds at "
+        f"{height} x {width}",
         f"  data: {len(dataset.train):,} images of {len(dataset.class_names)} classes ({config.data.source}), "
         f"{len(dataset.evaluation):,} for evaluation",
-        f"  steps: {steps:,} of {config.batch_size} images, {config.batch_size // devices} on each device "
+        f"  steps: {clock.steps:,} of {config.batch_size} images ({clock.steps_per_epoch:,} an epoch), "
+        f"{config.batch_size // devices} on each device "
         f"in {config.accumulate} part{'s' if config.accumulate > 1 else ''}",
         f"  devices: {devices} x {device.device_kind}{processes} ({config.parallelism}, {layout}); {config.dtype}; "
-        f"selective scan: {config.scan_implementation or 'by MSVMAMBA_SCAN, or the fastest that runs here'}",
-        f"  learning rate: {peak_rate(config):.3g} after {warmup_steps(config, steps):,} steps of warm-up, then a "
-        f"cosine; averaged weights: decay {config.ema_decay:g}",
+        f"selective scan: {config.scan_implementation or preferred_implementation()}",
+        f"  learning rate: {peak_rate(config):.3g} after {warmup_steps(config, clock):,} steps of warm-up, then "
+        f"{config.optimizer.schedule}; {averaged}",
     )
     _say("\n".join(lines))
 

@@ -11,15 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from msvmamba_jax.checkpoint import Description, Weights, available_weights, find_checkpoint, load_checkpoint
+from msvmamba_jax.checkpoint import KINDS, Description, Weights, available_weights, find_checkpoint, load_checkpoint
 from msvmamba_jax.convert.checkpoint import convert_file
 from msvmamba_jax.data.labels import placeholder_class_names
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.parameters import check_fit, count, flatten, unflatten
-from msvmamba_jax.models.variants import backbone_config
 from msvmamba_jax.training.processes import is_main
-from msvmamba_jax.training.step import State
+from msvmamba_jax.training.step import State, weights_of
 
 _SIZES = ("mixer", "width", "depths", "states")  # of the options of a backbone, those that its parameters depend on
 
@@ -45,40 +44,49 @@ class Pretrained:
     classes_agree: bool
 
 
-def with_pretrained(state: State, config: Any, description: Description, workdir: Path) -> State:
-    """The state of a new run with the weights of `config.pretrained`, in `params` and in `ema`.
-
-    Prints one line that says how many parameters come from the checkpoint; `pretrained.json` in `workdir` lists them.
-    Everything stays on its devices as it was sharded. Without `config.pretrained` the state is returned as it is.
+def find_pretrained(config: Any, description: Description, shapes: Mapping[str, Any]) -> Pretrained | None:
+    """What a new run starts from: `read_pretrained` of `config.pretrained`, or None where it names no checkpoint.
 
     Args:
-        state: see `initial_state`.
         config: `pretrained` and the options that need it.
         description: the run's model and classes.
-        workdir: the run's folder.
+        shapes: the model's weights, or anything with their shapes, by dotted name.
 
     Raises:
         InputError: see `read_pretrained`; or an option needs a checkpoint and none is given.
     """
-    if not config.pretrained:
-        if config.freeze_backbone or config.optimizer.layer_decay != 1:
-            option = "freeze_backbone" if config.freeze_backbone else "optimizer.layer_decay"
-            raise InputError(
-                f"config.{option} is for a backbone that has been trained already: give it as "
-                f"--config.pretrained=CHECKPOINT, or set --config.{option}={'false' if config.freeze_backbone else 1.0}"
-            )
-        return state
-    shapes = dict(flatten(state["params"]))
-    found = read_pretrained(Path(config.pretrained).expanduser(), description, shapes)
-    new = tuple(name for name in shapes if name not in found.leaves)
+    if config.pretrained:
+        return read_pretrained(Path(config.pretrained).expanduser(), description, shapes)
+    if config.freeze_backbone or config.optimizer.layer_decay != 1:
+        option = "freeze_backbone" if config.freeze_backbone else "optimizer.layer_decay"
+        raise InputError(
+            f"config.{option} is for a backbone that has been trained already: give it as "
+            f"--config.pretrained=CHECKPOINT, or set --config.{option}={'false' if config.freeze_backbone else 1.0}"
+        )
+    return None
+
+
+def with_pretrained(state: State, found: Pretrained, workdir: Path) -> State:
+    """The state of a new run with the weights that were found, the averaged ones too.
+
+    Prints one line that says how many parameters come from the checkpoint; `pretrained.json` in `workdir` lists them.
+    Everything stays on its devices as it was sharded.
+
+    Args:
+        state: see `initial_state`.
+        found: what goes into it.
+        workdir: the run's folder.
+    """
+    shapes = dict(flatten(weights_of(state, "raw")))
     if is_main():
-        _report(found, {name: shapes[name] for name in new}, workdir)
+        _report(found, {name: leaf for name, leaf in shapes.items() if name not in found.leaves}, workdir)
     filled = {
         tree: {
             name: jax.device_put(found.leaves[name], old.sharding) if name in found.leaves else old
             for name, old in flatten(state[tree])
         }
-        for tree in ("params", "ema")
+        for tree in ("params", "batch_stats", "ema")
+        if tree in state
     }
     return {**state, **{tree: unflatten(leaves) for tree, leaves in filled.items()}}
 
@@ -86,14 +94,15 @@ def with_pretrained(state: State, config: Any, description: Description, workdir
 def read_pretrained(path: Path, description: Description, shapes: Mapping[str, Any]) -> Pretrained:
     """Reads what fits a model: the whole backbone, and of the rest what has the same name and shape.
 
-    The classifier's last layer, `head`, is left out where the checkpoint's classes are others, or in another order;
-    names that a converter made up ("class 0", ...) contradict none. The averaged weights are taken where there are any.
+    Of a model of another task the backbone alone is taken. The layers with an output for each class are left out where
+    the checkpoint's classes are others, or in another order; names that a converter made up ("class 0", ...) contradict
+    none. The averaged weights are taken where there are any.
 
     Args:
         path: a checkpoint folder, a run's workdir (its best checkpoint is taken), or a released PyTorch file, which is
             converted in memory.
         description: the model to be trained and its classes.
-        shapes: its parameters, or anything with their shapes, by dotted name.
+        shapes: its weights, or anything with their shapes, by dotted name.
 
     Raises:
         InputError: there is no checkpoint, it cannot be read, or its backbone is another one.
@@ -107,7 +116,7 @@ def read_pretrained(path: Path, description: Description, shapes: Mapping[str, A
         path = find_checkpoint(path)
         weights = "ema" if "ema" in available_weights(path) else "raw"
         theirs, parameters = load_checkpoint(path, weights)
-    have, want = _backbone(theirs), _backbone(description)
+    have, want = theirs.backbone, description.backbone
     if different := [key for key in _SIZES if getattr(have, key) != getattr(want, key)]:
         raise InputError(
             f"{path} (config.pretrained) is another model than the one to be trained: it is "
@@ -120,10 +129,14 @@ def read_pretrained(path: Path, description: Description, shapes: Mapping[str, A
     except InputError as error:
         raise InputError(f"cannot start from {path} (config.pretrained): {error}") from error
     agree = theirs.class_names in (description.class_names, placeholder_class_names(len(description.class_names)))
+    excluded = () if agree else KINDS[theirs.task].class_layers
     leaves = {
         name: leaf
         for name, leaf in found.items()
-        if name in shapes and np.shape(leaf) == np.shape(shapes[name]) and (agree or not name.startswith("head."))
+        if name in shapes
+        and np.shape(leaf) == np.shape(shapes[name])
+        and (theirs.task == description.task or name.startswith("backbone."))
+        and not name.startswith(excluded)
     }
     return Pretrained(path, theirs.source, weights, leaves, tuple(n for n in found if n not in leaves), agree)
 
@@ -156,10 +169,6 @@ def _tops(names: Iterable[str]) -> list[str]:
 
 def _part(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if name.partition(".")[0] == module}
-
-
-def _backbone(description: Description) -> BackboneConfig:
-    return backbone_config(**{name: value for name, value in description.model.items() if name != "num_classes"})
 
 
 def _name(description: Description, config: BackboneConfig, keys: list[str]) -> str:

@@ -15,9 +15,10 @@ from msvmamba_jax.checkpoint import Description, load_model, save_checkpoint
 from msvmamba_jax.convert.names import to_original, to_ours
 from msvmamba_jax.data.preprocessing import INTERPOLATIONS, Preprocessing
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.inference import inference_function, normalise, resize_and_crop
+from msvmamba_jax.inference import inference_function
 from msvmamba_jax.models.parameters import abstract_model, flatten, get_parameters, unflatten
 from msvmamba_jax.models.variants import create_model
+from msvmamba_jax.tasks.pixels import normalise, resize_and_crop
 
 MODEL = {"name": "msvmamba_nano", "num_classes": 6, "width": 16, "depths": (1, 1, 1, 1)}
 PREPROCESSING = Preprocessing(size=32, resize=40)

@@ -10,18 +10,20 @@ from flax import nnx
 
 from msvmamba_jax import InputError
 from msvmamba_jax.data.augment import Augmentation
-from msvmamba_jax.data.pipeline import Dataset, load_dataset
+from msvmamba_jax.data.datasets import load_dataset
+from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.models.parameters import abstract_model
-from msvmamba_jax.models.variants import VARIANTS
+from msvmamba_jax.models.variants import VARIANTS, backbone_config
 from msvmamba_jax.tasks.mixing import Mixing
 from msvmamba_jax.tasks.registry import make_task
-from msvmamba_jax.training.loop import total_steps
+from msvmamba_jax.training.durations import make_clock
 from msvmamba_jax.training.optimizer import schedule_of
-from msvmamba_jax.training.pretrained import with_pretrained
+from msvmamba_jax.training.pretrained import find_pretrained
 
 FOLDER = Path(__file__).parents[2] / "configs"
-SHARED = {"__init__", "imagenet"}
+SHARED = {"__init__", "ade20k", "imagenet"}
 ALL = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 IMAGENET = ["micro", "nano", "tiny", "vssm_base", "vssm_small", "vssm_tiny"]
 
@@ -30,41 +32,80 @@ def load(name):
     return runpy.run_path(str(FOLDER / f"{name}.py"))["get_config"]()
 
 
-def dataset(images=1_281_167):
-    names = tuple(f"class {i}" for i in range(1000))
-    return Dataset(train=range(images), evaluation=range(10), class_names=names, preprocessing=Preprocessing())
+SEGMENTATION = ["ade20k_micro", "ade20k_nano", "ade20k_tiny"]
+
+
+def dataset(images=1_281_167, task="classification"):
+    preprocessing = {"classification": Preprocessing, "segmentation": SegmentationPreprocessing}[task]()
+    return Dataset(
+        train=range(images),
+        evaluation=range(10),
+        class_names=tuple(f"class {i}" for i in range({"classification": 1000, "segmentation": 150}[task])),
+        preprocessing=preprocessing,
+        augment=lambda record, rng: record,
+        prepare=lambda record: record,
+    )
 
 
 def test_all_are_there():
-    assert sorted(["digits", "finetune", "textures", *IMAGENET]) == ALL
+    assert sorted(["digits", "finetune", "textures", *IMAGENET, *SEGMENTATION]) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_makes_its_task(name):
     config = load(name)
-    task = make_task(config, dataset())
-    assert task.label_smoothing == 0.1
+    task = make_task(config, dataset(task=config.task))
     assert f"configs/{name}.py" in runpy.run_path(str(FOLDER / f"{name}.py"))["__doc__"]
     json.dumps(config.to_dict())  # as the workdir's config.json
     abstract_model(lambda: task.description.build(rngs=nnx.Rngs(0), dtype=config.dtype))
+    schedule_of(config, make_clock(config, dataset(task=config.task)))
+
+
+def options(name, skip=()):
+    found = load(name).to_dict()
+    nested = {key: sorted(value) if isinstance(value, dict) else None for key, value in found.items()}
+    return {key: value for key, value in nested.items() if key not in skip}
 
 
 def test_all_have_the_same_options():
     """Of `data` and `model`, where the sources differ, those of the folders."""
-
-    def options(name, skip=()):
-        found = load(name).to_dict()
-        nested = {key: sorted(value) if isinstance(value, dict) else None for key, value in found.items()}
-        return {key: value for key, value in nested.items() if key not in skip}
-
     assert options("finetune") == options("nano")
-    assert options("digits", ("data", "model")) == options("nano", ("data", "model"))
+    for name in ("digits", "textures"):
+        assert options(name, ("data", "model")) == options("nano", ("data", "model"))
+    of_classification = {"label_smoothing", "erase_probability", "mix"}
+    assert all(load(name).label_smoothing == 0.1 for name in ALL if load(name).task == "classification")
+    for name in SEGMENTATION:
+        skip = ("data", "model", *of_classification)
+        assert options(name, skip) == options("nano", skip)
+        assert not of_classification & options(name).keys()
 
 
-def test_fine_tuning_needs_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_ade20k_recipe(name):
+    """Warm-up for 1,500 steps from a millionth of the rate, then a line to 0 with the last of 160,000 steps."""
+    config = load(name)
+    clock = make_clock(config, dataset(20_210, "segmentation"))
+    assert (config.batch_size, clock.steps) == (16, 160_000)
+    rate = schedule_of(config, clock)
+    np.testing.assert_allclose([rate(0), rate(1499), rate(1500)], [6e-11, 6e-5, 6e-5], rtol=1e-6)
+    np.testing.assert_allclose(rate(1500 + 158_499 // 2), 3e-5, rtol=1e-4)
+    assert rate(159_999) == 0
+    assert clock.steps_of("evaluate_every", config.evaluate_every) == 16_000
+    recorded = backbone_config(config.model.name, drop_path=config.model.drop_path)
+    assert recorded.drop_path == {"ade20k_tiny": 0.2}.get(name, 0.3)
+    with pytest.raises(InputError, match=r"--config\.data\.root"):
+        load_dataset(config.data)
+
+
+def test_a_task_needs_data_of_its_kind():
+    with pytest.raises(InputError, match="are not for the task 'segmentation'"):
+        make_task(load("ade20k_nano"), dataset())
+
+
+def test_fine_tuning_needs_a_checkpoint():
     config = load("finetune")
     with pytest.raises(InputError, match=r"--config\.pretrained"):
-        with_pretrained({"params": {}, "ema": {}}, config, make_task(config, dataset()).description, tmp_path)
+        find_pretrained(config, make_task(config, dataset()).description, {})
 
 
 @pytest.mark.parametrize("name", IMAGENET)
@@ -76,9 +117,9 @@ def test_imagenet_recipe(name, parity):
     assert config.model.name == recipe_name
     assert recipe_name in VARIANTS
     recorded = parity.json("recipe/lr_schedule.json")
-    steps = total_steps(config, dataset())
-    assert (config.batch_size, steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
-    schedule = schedule_of(config, steps)
+    clock = make_clock(config, dataset())
+    assert (config.batch_size, clock.steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
+    schedule = schedule_of(config, clock)
     for step, rate in recorded["values"].items():
         np.testing.assert_allclose(schedule(int(step)), rate, rtol=1e-6, err_msg=step)
 

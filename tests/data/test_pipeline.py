@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import pipeline
+from msvmamba_jax.data import datasets, pipeline
 from msvmamba_jax.data.images import read_image
 from msvmamba_jax.data.pipeline import Batch, Dataset
 from msvmamba_jax.data.preprocessing import Preprocessing
@@ -46,7 +47,25 @@ def add_noise(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any
 
 def numbers(train: int = 64, evaluation: int = 10, augment: Any = None) -> Dataset:
     names = tuple(map(str, range(max(train, evaluation))))
-    return Dataset(Numbers(train), Numbers(evaluation), names, Preprocessing(size=4, resize=4), augment)
+    return make(Numbers(train), Numbers(evaluation), names, Preprocessing(size=4, resize=4), augment)
+
+
+def make(
+    train: Any, evaluation: Any, names: tuple[str, ...], preprocessing: Preprocessing, augment: Any = None
+) -> Dataset:
+    prepare = functools.partial(datasets.cropped, preprocessing)
+    return Dataset(
+        train=train,
+        evaluation=evaluation,
+        class_names=names,
+        preprocessing=preprocessing,
+        augment=augment or functools.partial(without_noise, prepare),
+        prepare=prepare,
+    )
+
+
+def without_noise(prepare: Any, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return prepare(record)
 
 
 def take(dataset: Dataset, count: int, **options: Any) -> list[Batch]:
@@ -55,8 +74,9 @@ def take(dataset: Dataset, count: int, **options: Any) -> list[Batch]:
         return list(itertools.islice(batches, count))
 
 
-def evaluation(dataset: Dataset, **options: Any) -> list[Batch]:
-    return list(pipeline.evaluation_batches(dataset, **options))
+def evaluation(dataset: Dataset, *, batch_size: int, **options: Any) -> list[Batch]:
+    plan = pipeline.plan_evaluation(dataset, batch_size=batch_size)
+    return list(pipeline.evaluation_batches(dataset, plan, **options))
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -74,7 +94,7 @@ def labels(batches: list[Batch]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return pipeline.load_dataset({"source": "digits"})
+    return datasets.load_dataset({"source": "digits"})
 
 
 def test_training_batch(digits: Dataset) -> None:
@@ -97,9 +117,9 @@ def test_workers_from_a_script(tmp_path: Path, digits: Dataset) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import itertools\n"
-        "from msvmamba_jax.data import pipeline\n"
+        "from msvmamba_jax.data import datasets, pipeline\n"
         "def main():\n"
-        "    dataset = pipeline.load_dataset({'source': 'digits'})\n"
+        "    dataset = datasets.load_dataset({'source': 'digits'})\n"
         "    batches = pipeline.train_batches(dataset, batch_size=8, seed=3, start_step=0, workers=2)\n"
         "    for batch in itertools.islice(batches, 3):\n"
         "        print(batch['label'].tolist(), int(batch['image'].sum()))\n"
@@ -188,7 +208,7 @@ def test_a_grain_transformation_augments_too() -> None:
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 15, 16, 17])
 def test_every_evaluation_image_counts_once(count: int, process_count: int) -> None:
     dataset = numbers(evaluation=count)
-    steps = pipeline.evaluation_steps(dataset, batch_size=8)
+    steps = len(pipeline.plan_evaluation(dataset, batch_size=8).rows)
     assert steps == (count + 7) // 8
     seen: list[int] = []
     for index in range(process_count):
@@ -198,8 +218,7 @@ def test_every_evaluation_image_counts_once(count: int, process_count: int) -> N
             assert (batch["image"].shape, batch["image"].dtype) == ((8 // process_count, 4, 4, 3), np.uint8)
             assert (batch["label"].dtype, batch["mask"].dtype) == (np.int32, np.bool_)
             seen += batch["label"][batch["mask"]].tolist()
-            np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], np.where(batch["mask"], batch["label"], 0))
-            assert not batch["label"][~batch["mask"]].any()
+            np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
     assert sorted(seen) == list(range(count))
 
 
@@ -208,6 +227,27 @@ def test_evaluation_keeps_the_order(digits: Dataset) -> None:
     assert [batch["mask"].sum() for batch in batches] == [100, 100, 100, 60]
     assert labels(batches)[:360] == [digits.evaluation[index]["label"] for index in range(360)]
     np.testing.assert_array_equal(batches[3]["image"][59], digits.evaluation[359]["image"])
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_batches_are_of_one_shape(process_count: int) -> None:
+    """Five records of one shape, four of another, one of a third: 2 + 1 + 1 batches of four."""
+    shapes = [(5 + index % 2, 4) if index else (9, 9) for index in range(10)]
+    dataset = dataclasses.replace(numbers(), prepare=lambda record: record, evaluation_shapes=lambda: shapes)
+    plan = pipeline.plan_evaluation(dataset, batch_size=4)
+    assert plan.rows.tolist() == [[0, -1, -1, -1], [1, 3, 5, 7], [9, -1, -1, -1], [2, 4, 6, 8]]
+    assert (plan.shapes, plan.images) == (3, 10)
+    dataset = dataclasses.replace(dataset, prepare=functools.partial(of_shape, shapes))
+    seen = []
+    for index in range(process_count):
+        batches = list(pipeline.evaluation_batches(dataset, plan, process_index=index, process_count=process_count))
+        assert [batch["image"].shape[1:3] for batch in batches] == [(9, 9), (6, 4), (6, 4), (5, 4)]
+        seen += np.concatenate([batch["label"][batch["mask"]] for batch in batches]).tolist()
+    assert sorted(seen) == list(range(10))
+
+
+def of_shape(shapes: list[tuple[int, int]], record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "image": np.zeros((*shapes[record["label"]], 3), np.uint8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +270,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def test_images_of_different_sizes(files: Files) -> None:
-    dataset = Dataset(files, files, tuple("012345"), Preprocessing(size=16, resize=18))
+    dataset = make(files, files, tuple("012345"), Preprocessing(size=16, resize=18))
     (batch,) = take(dataset, 1, batch_size=6)
     assert batch["image"].shape == (6, 16, 16, 3)
     np.testing.assert_array_equal(batch["image"][:, 3, 3, 0], batch["label"])
@@ -241,7 +281,7 @@ def test_images_of_different_sizes(files: Files) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_file_ends_with_its_name(files: Files, workers: int) -> None:
     files.paths[4].write_bytes(b"no image")
-    dataset = Dataset(files, files, tuple("012345"), Preprocessing(size=16, resize=18))
+    dataset = make(files, files, tuple("012345"), Preprocessing(size=16, resize=18))
     with pytest.raises(InputError, match=r"4\.png"):
         take(dataset, 1, batch_size=6, workers=workers)
     with pytest.raises(InputError, match=r"4\.png"):
@@ -285,7 +325,7 @@ def test_impossible_evaluation() -> None:
 
 def test_load_dataset_from_a_config() -> None:
     config = ml_collections.ConfigDict({"source": "digits", "workers": 2})
-    dataset = pipeline.load_dataset(config)
+    dataset = datasets.load_dataset(config)
     assert len(dataset.train) == 1437
     assert len(dataset.evaluation) == 360
     assert dataset.class_names == tuple("0123456789")
@@ -299,7 +339,7 @@ def test_load_dataset_from_a_config() -> None:
 )
 def test_unknown_source_or_option(config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pipeline.load_dataset(config)
+        datasets.load_dataset(config)
 
 
 def test_missing_grain(monkeypatch: pytest.MonkeyPatch) -> None:

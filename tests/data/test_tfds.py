@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import encoded, pipeline, tfds
+from msvmamba_jax.data import datasets, encoded, pipeline, tfds
 from msvmamba_jax.data.pipeline import Batch, Dataset
 from msvmamba_jax.errors import InputError
 
@@ -76,7 +76,7 @@ def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(folder: Path, **options: Any) -> Dataset:
     config = {"source": "tfds", "name": "tiny_shapes", "data_dir": str(folder), "size": 16, "resize": 18, **options}
-    return pipeline.load_dataset(config)
+    return datasets.load_dataset(config)
 
 
 def take(source: Dataset, count: int, **options: Any) -> list[Batch]:
@@ -98,7 +98,7 @@ def test_records(prepared: Path) -> None:
     # The truncated one is replaced by another.
     assert set(heights) == {0, 1, 2, 3, 4}
     assert sum(source.train[index]["corrupt"] for index in range(6)) == 1
-    assert len(list(pipeline.evaluation_batches(source, batch_size=2))) == 2
+    assert len(list(pipeline.evaluation_batches(source, pipeline.plan_evaluation(source, batch_size=2)))) == 2
     assert "tensorflow" not in sys.modules
 
 

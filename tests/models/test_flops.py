@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from msvmamba_jax.models.flops import Flops, backbone_flops, classifier_flops, linear, stage_sizes
-from msvmamba_jax.models.variants import VARIANTS, backbone_config
+from msvmamba_jax.models.flops import (
+    Flops,
+    backbone_flops,
+    classifier_flops,
+    linear,
+    out_norms_flops,
+    segmenter_flops,
+    stage_sizes,
+)
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, get_parameters
+from msvmamba_jax.models.variants import VARIANTS, backbone_config, create_segmenter
 
 OUR_NAME = {"PythonOp.SelectiveScan": "scan", "upsample_bilinear2d": "upsample"}
 TASK_SIZES = {"segmentation": (512, 2048), "detection": (1280, 800)}
@@ -28,13 +37,45 @@ def test_classifier(counts, variant):
 
 
 @variants
+def test_segmenter(counts, variant):
+    reference = counts["segmentation"][variant]
+    flops = segmenter_flops(VARIANTS[f"msvmamba_{variant}"].backbone, 150, *TASK_SIZES["segmentation"])
+    assert flops.by_operator == {OUR_NAME.get(name, name): n for name, n in reference["by_operator"].items()}
+    assert flops.total == reference["flops"]
+    assert flops.total_with_exact_einsum == reference["flops_with_exact_einsum"]
+    model = abstract_model(lambda: create_segmenter(f"msvmamba_{variant}", rngs=SHAPE_KEYS))
+    assert count(get_parameters(model)) == reference["params"]
+
+
+def test_segmenter_by_hand():
+    """4 x 36 pixels: maps of 1 x 9, 1 x 5, 1 x 3 and 1 x 2 positions; widths 8 to 64; 4 channels, 3 classes."""
+    config = backbone_config("vssm_tiny", width=8, depths=(1, 1, 1, 1), states=2)
+    head = segmenter_flops(config, 3, 4, 36, channels=4).by_operator
+    backbone = backbone_flops(config, 4, 36).by_operator
+    cells, positions, widths = 1 + 4 + 9 + 36, (9, 5, 3, 2), (8, 16, 32, 64)
+    assert {name: n - backbone.get(name, 0) for name, n in head.items() if n != backbone.get(name)} == {
+        "layer_norm": 5 * sum(p * c for p, c in zip(positions, widths, strict=True)),
+        "adaptive_avg_pool2d": 4 * 2 * 64,
+        "conv": cells * 64 * 4
+        + 2 * 9 * (64 + 16) * 4
+        + sum(p * (c * 4 + 9 * 4 * 4) for p, c in zip(positions[:3], widths[:3], strict=True))
+        + 9 * 9 * 16 * 4
+        + 9 * 4 * 3,
+        "batch_norm": 2 * 4 * (cells + 2 + 2 * (9 + 5 + 3) + 9),
+        "upsample": 4 * 4 * (4 * 2 + 9 + 5 + 3 + 3 * 9),
+    }
+
+
+@variants
 @pytest.mark.parametrize("task", TASK_SIZES)
 def test_backbone_at_the_sizes_of_other_tasks(counts, task, variant):
     reference = counts[task][variant]
     flops = backbone_flops(VARIANTS[f"msvmamba_{variant}"].backbone, *TASK_SIZES[task])
     modules = reference["by_module"]
     assert flops.total == modules["backbone.patch_embed"] + modules["backbone.layers"]
-    assert flops.total == modules["backbone"] - sum(modules[f"backbone.outnorm{stage}"] for stage in range(4))
+    norms = out_norms_flops(VARIANTS[f"msvmamba_{variant}"].backbone, *TASK_SIZES[task])
+    assert norms.total == sum(modules[f"backbone.outnorm{stage}"] for stage in range(4))
+    assert (flops + norms).total == modules["backbone"]
     assert flops.by_operator["einsum"] == reference["by_operator"]["einsum"]
     assert flops.by_operator["scan"] == reference["by_operator"]["PythonOp.SelectiveScan"]
     assert flops.einsum_exact == reference["einsum_exact"]

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_weights import randomised
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
 from msvmamba_jax.models.layers import DropPath, LayerNorm
-from msvmamba_jax.models.parameters import abstract_model, bind, flatten, get_parameters, unflatten
+from msvmamba_jax.models.parameters import abstract_model, flatten, get_parameters
 from msvmamba_jax.models.variants import VARIANTS, create_model, list_models
 
 SMALL = {"width": 8, "depths": (1, 1, 1, 1), "num_classes": 5, "drop_path": 0.0}
@@ -31,28 +32,8 @@ hasty_jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_
 
 @functools.cache
 def small_model(name: str, **options) -> Classifier:
-    """A small model with random parameters: fresh ones have zeros, through which no gradient flows."""
-    model = abstract_model(lambda: create_model(name, rngs=nnx.Rngs(0), **(SMALL | options)))
-    rng = np.random.default_rng(0)
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        noise = rng.standard_normal(shape)
-        match path.rsplit(".", 1)[-1]:
-            case "kernel" | "delta_kernel":
-                value = noise / np.sqrt(np.prod(shape[:-1]))
-            case "delta_bias":
-                value = noise - 3
-            case "scale" | "D":
-                value = 1 + 0.1 * noise
-            case "A_log":
-                value = np.log(np.arange(1, shape[1] + 1)) + 0.1 * noise
-            case "bias":
-                value = 0.1 * noise
-            case _:
-                raise AssertionError(path)
-        return value.astype(np.float32)
-
-    return bind(model, unflatten({path: draw(path, x.shape) for path, x in flatten(get_parameters(model))}))
+    """A small model with random parameters."""
+    return randomised(abstract_model(lambda: create_model(name, rngs=nnx.Rngs(0), **(SMALL | options))))
 
 
 def images(batch=2, height=HEIGHT, width=WIDTH) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Bilinear resizing against numbers worked out by hand and against `jax.image.resize`."""
+"""Resizing and pooling against numbers worked out by hand and against `jax.image.resize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from msvmamba_jax.models.resize import resize_bilinear
+from msvmamba_jax.models.resize import adaptive_average_pool, resize_bilinear
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 13, 14, 16]
 
@@ -92,3 +92,41 @@ def test_keeps_bfloat16():
         assert y.dtype == jnp.bfloat16
         expected = resize_bilinear(x.astype(jnp.float32), height, width)
         np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.03)
+
+
+def pooled(values, size):
+    x = jnp.asarray(values, jnp.float32)
+    return adaptive_average_pool(x.reshape(1, *x.shape, 1), size)[0, ..., 0].tolist()
+
+
+def test_pooling_where_cells_divide_the_map():
+    assert pooled([[1, 3, 5, 7], [3, 5, 7, 9]], 1) == [[5]]
+    assert pooled([[1, 3, 5, 7], [3, 5, 7, 9]], 2) == [[2, 6], [4, 8]]
+
+
+def test_pooling_where_cells_overlap():
+    """5 positions in 2 cells: 0 to 2 and 2 to 4; in 3 cells: 0 to 1, 1 to 3 and 3 to 4."""
+    column = [[0], [3], [6], [9], [30]]
+    np.testing.assert_allclose(pooled(column, 2), [[3, 3], [15, 15]], atol=1e-6)
+    np.testing.assert_allclose(pooled(column, 3), [[1.5] * 3, [6] * 3, [19.5] * 3], atol=1e-6)
+
+
+def test_pooling_a_map_smaller_than_the_grid():
+    """2 positions in 3 cells: the first, both, the second."""
+    np.testing.assert_allclose(pooled([[0], [8]], 3), [[0] * 3, [4] * 3, [8] * 3], atol=1e-6)
+
+
+def test_pooling_takes_each_axis_and_image_for_itself():
+    x = np.random.default_rng(0).standard_normal((2, 7, 5, 3)).astype(np.float32)
+    y = np.asarray(adaptive_average_pool(jnp.asarray(x), 3))
+    assert y.shape == (2, 3, 3, 3)
+    rows, columns = [(0, 3), (2, 5), (4, 7)], [(0, 2), (1, 4), (3, 5)]
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            np.testing.assert_allclose(y[:, i, j], x[:, top:bottom, left:right].mean((1, 2)), atol=1e-6)
+
+
+def test_pooling_in_bfloat16_sums_in_float32():
+    x = jnp.full((1, 300, 1, 1), 1.0, jnp.bfloat16)  # 257 is no bfloat16
+    assert adaptive_average_pool(x, 1).item() == 1
+    assert adaptive_average_pool(x, 1).dtype == jnp.bfloat16

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from modules import HASTY, call, maps, norm_as_recorded
 
 from msvmamba_jax.convert.names import to_original, to_ours
-from msvmamba_jax.models.backbone import Block
 from msvmamba_jax.models.classifier import Classifier
 from msvmamba_jax.models.parameters import abstract_model, bind, check_fit, count, flatten, get_parameters, unflatten
 from msvmamba_jax.models.variants import VARIANTS, create_model
@@ -55,43 +55,13 @@ def classifier(parity, variant: str, dtype: str = "float32") -> Classifier:
     return bind(abstract_classifier(variant, dtype), unflatten(converted))
 
 
-def _call(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state)(x)
-
-
-# Blocks of a stage are alike, so compile modules, not models; optimised code would take longer to make than it saves.
-HASTY = {"xla_backend_optimization_level": 0}
-_hasty_call = jax.jit(_call, static_argnums=0, compiler_options=HASTY)
-
-
-def call(module: nnx.Module, x: jax.Array) -> jax.Array:
-    """The module's output, compiled once for all modules of its structure."""
-    return _hasty_call(*nnx.split(module), x)
-
-
 def intermediates(model: Classifier, images: jax.Array) -> dict[str, jax.Array]:
     """Everything that the recordings hold."""
-    backbone = model.backbone
-    x = call(backbone.patch_embedding, images)
-    first = backbone.stages[0].blocks[0]
-    found = {"patch_embed": x, "block0_mixer": call(first.mixer, call(first.norm, x))}
-    for index, stage in enumerate(backbone.stages):
-        if index:
-            x = call(backbone.downsamplings[index - 1], x)
-        for block in stage.blocks:
-            forget_place(block)
-            x = call(block, x)
-            found.setdefault("block0", x)
-        found[f"stage{index}"] = x
-    found["logits"] = call(model.head, call(model.norm, x).mean((1, 2), dtype=jnp.float32))
+    found = maps(model.backbone, images)
+    first = model.backbone.stages[0].blocks[0]
+    found["block0_mixer"] = call(first.mixer, call(first.norm, found["patch_embed"]))
+    found["logits"] = call(model.head, call(model.norm, found["stage3"]).mean((1, 2), dtype=jnp.float32))
     return found
-
-
-def forget_place(block: Block) -> None:
-    """Leaves nothing in `block` that tells it from the others of its stage (its place is for random keys only)."""
-    block.mixer_drop_path.site = 0
-    if block.ffn is not None:
-        block.ffn_drop_path.site = 0
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +123,6 @@ def gradients(parity):
 @pytest.fixture(scope="module")
 def reference(parity):
     return parity.arrays("classification/nano_grad_64x96.npz")
-
-
-def norm_as_recorded(x: np.ndarray) -> float:
-    """PyTorch's norm on the recording machine: float32 sums in eight lanes (up to 1e-4 off for the largest arrays)."""
-    squares = np.pad(np.square(x.reshape(-1)), (0, -x.size % 8)).reshape(-1, 8)
-    return float(np.sqrt(np.cumsum(squares, axis=0, dtype=np.float32)[-1].sum()))
 
 
 class TestGradients:

@@ -45,6 +45,26 @@ def test_sheet(folder: Path, tmp_path: Path) -> None:
         assert (np.asarray(Image.open(tmp_path / output)) == page).all() == (seed == 0)
 
 
+def test_erasing_and_mixing_are_shown(folder: Path, tmp_path: Path) -> None:
+    """Black images stay black until they are erased, and grey ones show what they were mixed with."""
+    for number in range(2):
+        Image.new("RGB", (64, 64), (255 * number,) * 3).save(folder / f"{number}.png")
+    (folder / "2.png").unlink()
+    plain = ("--images", 2, "--variants", 4, "--size", 32, "--randaugment", "", "--erase_probability", 0, "--mixup", 0)
+    values = {}
+    for name, changed in (("none", ()), ("erased", ("--erase_probability", 1)), ("mixed", ("--mixup", 5))):
+        done = run(folder, "--output", tmp_path / "sheet.png", *plain, "--cutmix", 0, *changed)
+        assert done.returncode == 0, done.stderr
+        black = np.asarray(Image.open(tmp_path / "sheet.png"))[20 : 20 + 32, 4 + 36 :]
+        cells = [black[:, 36 * column :][:, :32] for column in range(4)]
+        values[name] = {len(np.unique(cell)) for cell in cells}, {int(cell.max()) for cell in cells}
+    assert values["none"] == ({1}, {0})
+    assert min(values["erased"][0]) > 50  # noise in a box
+    assert values["mixed"][0] == {1}  # one weight for the whole image, drawn anew for every batch
+    assert len(values["mixed"][1]) == 4
+    assert min(values["mixed"][1]) > 0
+
+
 def test_help_and_errors(folder: Path, tmp_path: Path) -> None:
     assert "--randaugment" in run("--help").stdout
     for arguments, message in (
@@ -52,6 +72,7 @@ def test_help_and_errors(folder: Path, tmp_path: Path) -> None:
         ((folder, "--randaugment", "strong"), "rand-m9-mstd0.5-inc1"),
         ((folder, "--output", tmp_path / "no" / "sheet.png"), "Cannot write"),
         ((folder, "--images", 0), "at least 1"),
+        ((folder, "--mixup", -1), "config.mix.mixup"),
     ):
         done = run(*arguments)
         assert done.returncode != 0

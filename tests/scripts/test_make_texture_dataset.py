@@ -44,7 +44,7 @@ def test_folder_is_shaped_like_imagenet_and_reproducible(monkeypatch, tmp_path):
     assert len(set(one.values())) == 36
     assert contents(tmp_path / "two") == one
     train, val, names = load_folder(tmp_path / "one")
-    assert (len(train), len(val), names) == (24, 12, tuple(sorted(textures.CLASSES)))
+    assert (len(train), len(val), names) == (24, 12, tuple(sorted(textures.TEXTURES)))
     kinds = set()
     for index in range(len(train)):
         with Image.open(train.path(index)) as image:
@@ -55,7 +55,7 @@ def test_folder_is_shaped_like_imagenet_and_reproducible(monkeypatch, tmp_path):
 
 def test_colours_do_not_tell_the_class():
     features, labels = [], []
-    for label, name in enumerate(textures.CLASSES):
+    for label, name in enumerate(textures.TEXTURES):
         for number in range(40):
             pixels = np.asarray(textures.draw(name, np.random.default_rng([label, number]), low=48, high=64))
             histograms = [np.histogram(pixels[..., c], 8, (0, 256))[0] / pixels[..., c].size for c in range(3)]

@@ -17,12 +17,12 @@ import pytest
 from msvmamba_jax import InputError
 from msvmamba_jax.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from msvmamba_jax.convert.names import to_original
-from msvmamba_jax.data.pipeline import load_dataset
+from msvmamba_jax.data.datasets import load_dataset
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, flatten, get_parameters, unflatten
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.loop import train
-from msvmamba_jax.training.optimizer import adamw, decay_mask, layers
-from msvmamba_jax.training.pretrained import read_pretrained, with_pretrained
+from msvmamba_jax.training.optimizer import adamw, all_but_vectors, layers
+from msvmamba_jax.training.pretrained import find_pretrained, read_pretrained, with_pretrained
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "convert"))
@@ -38,7 +38,14 @@ def configuration(**options):
     config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
     config.model = TINY
     config.update_from_flattened_dict(
-        {"batch_size": BATCH, "epochs": 1, "log_every": 1, "evaluate_every": STEPS, "save_every": STEPS, **options}
+        {
+            "batch_size": BATCH,
+            "duration": "1 epoch",
+            "log_every": "1 step",
+            "evaluate_every": f"{STEPS} steps",
+            "save_every": f"{STEPS} steps",
+            **options,
+        }
     )
     return config
 
@@ -153,7 +160,7 @@ def test_the_workdir_says_what_was_loaded(frozen, released):
 def test_a_resumed_run_ignores_it(frozen, released, capsys):
     before = weights(frozen, "raw")
     report = (frozen / "pretrained.json").read_bytes()
-    run(frozen, pretrained="/no/such/checkpoint", epochs=2, **FROZEN)
+    run(frozen, pretrained="/no/such/checkpoint", duration="2 epochs", **FROZEN)
     out = capsys.readouterr().out
     assert f"going on from step {STEPS}" in out
     assert "loaded" not in out
@@ -183,7 +190,7 @@ def test_a_run_of_other_classes_starts_from_a_workdir(frozen, tmp_path, capsys):
     after = load_checkpoint(tmp_path, "raw")[1]
     assert after["head"]["kernel"].shape == (128, 12)
     changes = {}
-    decays = dict(flatten(decay_mask(after)))
+    decays = dict(flatten(all_but_vectors(after)))
     new = dict(flatten(after))
     for name, layer in flatten(layers(after)):
         if not decays[name] and not name.startswith("head."):
@@ -272,7 +279,7 @@ def test_a_checkpoint_that_lacks_a_parameter(tmp_path):
 )
 def test_impossible_options(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        with_pretrained({"params": {}, "ema": {}}, configuration(**options), description(), tmp_path)
+        find_pretrained(configuration(**options), description(), shapes())
 
 
 def test_a_file_of_something_else(tmp_path):
@@ -291,7 +298,7 @@ def test_the_state_stays_where_it_is(released, tmp_path):
     ]
     state = {"step": jnp.zeros(()), "params": trees[0], "ema": trees[1], "opt": ()}
     config = configuration(pretrained=str(released))
-    filled = with_pretrained(state, config, description(), tmp_path)
+    filled = with_pretrained(state, find_pretrained(config, description(), shapes()), tmp_path)
     expected = read_pretrained(released, description(), shapes()).leaves
     assert jax.tree.structure(filled) == jax.tree.structure(state)
     for tree in ("params", "ema"):

@@ -19,8 +19,9 @@ from msvmamba_jax.training.processes import join
 LIMIT = 600  # seconds that anything here may take before it counts as hanging
 STEPS = 11
 OPTIONS = [
-    "--config=configs/digits.py", "--config.epochs=1", "--config.batch_size=128", "--config.model.width=16",
-    "--config.model.depths=(1,1,1,1)", "--config.save_every=4", "--config.evaluate_every=1000", "--config.log_every=1",
+    "--config=configs/digits.py", "--config.duration=1 epoch", "--config.batch_size=128", "--config.model.width=16",
+    "--config.model.depths=(1,1,1,1)", "--config.save_every=4 steps", "--config.evaluate_every=1000 steps",
+    "--config.log_every=1 step",
 ]  # fmt: skip
 
 

@@ -25,10 +25,10 @@ OPTIONS = {
     "config.model.depths": (1, 1, 1, 1),
     "config.model.drop_path": 0.2,
     "config.batch_size": 119,  # 12 steps an epoch
-    "config.epochs": 1,
-    "config.log_every": 1,
-    "config.evaluate_every": 4,
-    "config.save_every": 2,
+    "config.duration": "1 epoch",
+    "config.log_every": "1 step",
+    "config.evaluate_every": "4 steps",
+    "config.save_every": "2 steps",
 }
 
 
@@ -139,7 +139,7 @@ def test_killed_run_ends_with_the_same_bits(start, run, uninterrupted, tmp_path,
 
 def test_sigterm_saves_first(start, run, uninterrupted, tmp_path):
     workdir = tmp_path / "stopped"
-    process = start(workdir, save_every=1000, evaluate_every=1000)
+    process = start(workdir, save_every="1000 steps", evaluate_every="1000 steps")
     wait_for_step(process, workdir, 5)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
@@ -173,7 +173,7 @@ def test_workdir_of_another_model(run, uninterrupted):
 
 def test_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     workdir = tmp_path / "diverging"
-    status, _, err = run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup_fraction": 0.25})
+    status, _, err = run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": "25 %"})
     assert status == 1
     assert "not finite at step" in err
     assert "config.optimizer.learning_rate" in err
@@ -204,8 +204,10 @@ def test_full_disk_is_reported(run, tmp_path):
         ({"batch_size": 5000}, "lower batch_size"),
         ({"accumulate": 2}, "does not divide into 2 parts"),
         ({"data.source": "imagenot"}, "Unknown data source"),
-        ({"save_every": 0}, "save_every must be at least 1"),
-        ({"optimizer.warmup_fraction": 1.0}, "warmup_steps"),
+        ({"save_every": "0 steps"}, "save_every must be at least 1 step"),
+        ({"evaluate_every": "7"}, "evaluate_every must be like"),
+        ({"evaluation_per_device": -1}, "evaluation_per_device must not be negative"),
+        ({"optimizer.warmup": "100 %"}, "not shorter than the run"),
         ({"scan_implementation": "quantum"}, "no scan implementation 'quantum'"),
         ({"dtype": "int8"}, "dtype"),
         ({"profile": "20"}, "config.profile must be START:STOP"),

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.models.batch_norm import BatchNorm
 from msvmamba_jax.models.parameters import abstract_model
 from msvmamba_jax.tasks.classification import Classification, ClassificationEvaluator
 from msvmamba_jax.tasks.mixing import Mixing
-from msvmamba_jax.training.step import initial_state, train_step
+from msvmamba_jax.training.step import initial_state, train_step, weights_of
 
 BATCH = 8
 
@@ -140,12 +141,21 @@ def test_loss_is_the_smoothed_cross_entropy(task, batch):
 
 
 def test_evaluator_counts_masked_rows_nowhere():
-    evaluator = ClassificationEvaluator()
+    evaluator = ClassificationEvaluator("abc")
     top = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 1, 2]])
-    batch = {"label": np.array([0, 0, 1, 0]), "mask": np.array([True, True, True, False])}
-    evaluator.update({"top": top, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, batch)
-    evaluator.update({"top": top[:1], "loss": np.array([6.0])}, {"label": np.array([9]), "mask": np.array([True])})
-    assert evaluator.result() == {"accuracy_top1": 0.25, "accuracy_top5": 0.75, "loss": 3.0, "images": 4}
+    label = np.array([0, 0, 1, 0])
+    mask = np.array([True, True, True, False])
+    evaluator.update({"top": top, "label": label, "loss": np.array([1.0, 2.0, 3.0, 1e9], np.float32)}, mask)
+    evaluator.update({"top": top[2:3], "label": np.array([3]), "loss": np.array([6.0])}, np.array([False]))
+    evaluator.update({"top": top[2:3], "label": np.array([2]), "loss": np.array([6.0])}, np.array([True]))
+    assert evaluator.result() == {"accuracy_top1": 0.5, "accuracy_top5": 1.0, "loss": 3.0, "images": 4}
+    assert evaluator.per_class() == [
+        {"name": "a", "images": 2, "accuracy_top1": 0.5},
+        {"name": "b", "images": 1, "accuracy_top1": 0.0},
+        {"name": "c", "images": 1, "accuracy_top1": 1.0},
+    ]
+    assert evaluator.sentence() == "top-1 50.00%, top-5 100.00%, loss 3.0000 on 4 images"
+    assert ClassificationEvaluator("a").per_class() == [{"name": "a", "images": 0, "accuracy_top1": None}]
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0)])
@@ -158,3 +168,66 @@ def test_mixing_is_the_same_in_parts_and_on_four_devices(task, batch, mixing):
     shardings = (NamedSharding(mesh, P()), NamedSharding(mesh, P("data")))
     jit = lambda step: jax.jit(step, in_shardings=shardings, out_shardings=(shardings[0], None))  # noqa: E731
     assert_same(expected, run(mixed, batch, jit=jit)[-1])
+
+
+class WithStatistics(nnx.Module):
+    """A model with batch normalisation."""
+
+    def __init__(self, rngs, axis=None):
+        self.first = nnx.Linear(3, 5, rngs=rngs)
+        self.norm = BatchNorm(5, axis=axis, dtype=jnp.float32)
+        self.second = nnx.Linear(5, 4, rngs=rngs)
+
+    def __call__(self, images, keys=None):
+        return self.second(self.norm(self.first(jnp.mean(images, axis=(1, 2))), train=keys is not None))
+
+
+def run_with_statistics(task, batch, *, accumulate=1, ema=True, pmap=False):
+    optimizer = optax.sgd(0.5)
+    axis = "data" if pmap else None
+    step = train_step(
+        abstract_model(lambda: WithStatistics(nnx.Rngs(0), axis)), task, optimizer, lambda _: 0.5,
+        seed=0, ema_decay=0.75, accumulate=accumulate, axis=axis,
+    )  # fmt: skip
+    state = initial_state(WithStatistics(nnx.Rngs(0), axis), optimizer, ema=ema)
+    if pmap:
+        batch = {name: array.reshape(4, -1, *array.shape[1:]) for name, array in batch.items()}
+        devices = jax.local_devices()[:4]
+        step = jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=(None, None), devices=devices)
+    else:
+        step = jax.jit(step)
+    history = [(state, None)]
+    for _ in range(3):
+        history.append(jax.block_until_ready(step(history[-1][0], batch)))
+    return [state for state, _ in history]
+
+
+def test_statistics_of_a_batch_move_the_running_ones(task, batch):
+    before, after, *_ = run_with_statistics(task, batch)
+    prepared = (batch["image"] / 255.0 - np.array(Preprocessing().mean)) / np.array(Preprocessing().std)
+    params = before["params"]["first"]
+    hidden = prepared.mean((1, 2)) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+    expected = {"mean": 0.1 * hidden.mean(0), "var": 0.9 + 0.1 * hidden.var(0, ddof=1)}
+    assert_same(after["batch_stats"], {"norm": expected})
+    averaged = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before["ema"], weights_of(after, "raw"))
+    assert_same(after["ema"], averaged)
+    assert "mean" not in after["params"]["norm"]
+    assert weights_of(after, "ema")["norm"].keys() == {"scale", "bias", "mean", "var"}
+
+
+def test_statistics_are_the_global_batch_s_on_four_devices(task, batch):
+    assert_same(run_with_statistics(task, batch)[-1], run_with_statistics(task, batch, pmap=True)[-1])
+
+
+def test_statistics_of_the_parts_of_a_batch_are_averaged(task, batch):
+    """The mean is that of the batch, the variance the mean of the parts'."""
+    _, whole, *_ = run_with_statistics(task, batch)
+    _, parts, *_ = run_with_statistics(task, batch, accumulate=2)
+    assert_same(whole["batch_stats"]["norm"]["mean"], parts["batch_stats"]["norm"]["mean"])
+    assert not np.allclose(whole["batch_stats"]["norm"]["var"], parts["batch_stats"]["norm"]["var"])
+
+
+def test_no_averaged_weights(task, batch):
+    with_average, without = (run_with_statistics(task, batch, ema=ema)[-1] for ema in (True, False))
+    assert with_average.keys() - without.keys() == {"ema"}
+    assert_same(without, {name: value for name, value in with_average.items() if name != "ema"})
