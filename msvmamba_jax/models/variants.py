@@ -188,8 +188,8 @@ def create_detector(
         width: see `create_model`.
         depths: see `create_model`.
         states: see `create_model`.
-        drop_path: highest rate of stochastic depth, instead of the variant's ImageNet recipe, which COCO shares. It acts
-            only where keys are passed to the model.
+        drop_path: highest rate of stochastic depth, instead of the variant's ImageNet recipe, which COCO shares. It
+            acts only where keys are passed to the model.
         dtype: see `create_model`.
         remat: see `create_model`.
         scan_implementation: see `create_model`.

@@ -59,7 +59,7 @@ class RPNLosses(NamedTuple):
 
 
 class HeadLosses(NamedTuple):
-    """Scalars, float32: entropy of classes, L1 of offsets, entropy of masks; fraction of regions classified correctly."""
+    """Scalars, float32: entropy of classes, L1 of offsets, entropy of masks; fraction of regions classified right."""
 
     score: jax.Array
     box: jax.Array
@@ -88,13 +88,13 @@ def detection_loss(
         rpn_quota: how many anchors of an image count.
         head_quota: how many regions of an image count.
     """
-    keys = keys_of_images(keys, images.shape[0])
-    pyramid = model.pyramid(images, keys)
+    each = keys_of_images(keys, images.shape[0])
+    pyramid = model.pyramid(images, each)
     logits, deltas = model.rpn_head(pyramid)
     sizes = pyramid_sizes(pyramid)
-    rpn = rpn_losses(logits, deltas, sizes, truth, keys, rpn_quota)
+    rpn = rpn_losses(logits, deltas, sizes, truth, each, rpn_quota)
     proposals = propose(logits, deltas, sizes, truth.image_size, limits)
-    head = head_losses(model, pyramid, proposals, truth, keys, head_quota)
+    head = head_losses(model, pyramid, proposals, truth, each, head_quota)
     losses = {
         "rpn_score_loss": jnp.sum(rpn.score),
         "rpn_box_loss": jnp.sum(rpn.box),
@@ -228,7 +228,7 @@ def box_losses(
     return (
         jnp.sum(jnp.where(regions.valid, entropy, 0.0)) / divisor,
         jnp.sum(jnp.where(regions.positive, distance, 0.0)) / divisor,
-        jnp.sum(correct) / divisor,
+        jnp.sum(correct, dtype=logits.dtype) / divisor,
     )
 
 
@@ -242,7 +242,9 @@ def mask_loss(logits: jax.Array, regions: Regions, truth: Truth) -> jax.Array:
     """
     goal = jax.vmap(mask_targets)(truth.mask, regions.box, regions.truth, padded_size(truth.image_size))
     label = jnp.take_along_axis(truth.label, regions.truth, axis=1)
-    own = jnp.take_along_axis(logits, label[..., None, None, None], axis=-1)[..., 0]
+    # One-hot by comparison: a gather of one element per pixel would be a scatter in the backward pass.
+    hot = label[..., None, None, None] == jnp.arange(logits.shape[-1])
+    own = jnp.sum(jnp.where(hot, logits, 0.0), axis=-1)
     mean = jnp.mean(_sigmoid_entropy(own, goal), axis=(2, 3))
     count = jnp.maximum(jnp.sum(regions.positive), 1).astype(logits.dtype)
     return jnp.sum(jnp.where(regions.positive, mean, 0.0)) / count
