@@ -111,8 +111,8 @@ def train_batches(
 
     Every epoch is a new shuffle of the training records and takes `train_steps_per_epoch` steps; what does not fill a
     last batch (of its group) is left out until the next shuffle. The batches that the processes get for a step are
-    disjoint and make up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and its augmentation
-    are the same for every number of processes.
+    disjoint and make up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and
+    its augmentation are the same for every number of processes.
 
     Args:
         dataset: the data set.
