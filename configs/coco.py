@@ -1,7 +1,7 @@
 """The COCO recipe of the original (Mask R-CNN), which the coco_*.py beside this file share.
 
-12 epochs ("1x") or 36 ("3x", with images of several sizes), 16 images at a time over all devices. `root` is a folder with
-train2017/, val2017/ and annotations/.
+12 epochs ("1x") or 36 ("3x", with images of several sizes), 16 images at a time over all devices. `root` is a folder
+with train2017/, val2017/ and annotations/.
 """
 
 from ml_collections import ConfigDict
