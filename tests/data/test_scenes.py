@@ -82,7 +82,7 @@ def test_shapes_by_hand() -> None:
 def test_edges_of_the_image_lie_on_those_of_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one colour for all ground and no noise, every pixel away from an edge is plain."""
     monkeypatch.setattr(scenes, "_ground", lambda stuff, rng, height, width: np.zeros((height, width, 3)))
-    monkeypatch.setattr(scenes, "_line", lambda rng, height, width: np.zeros((height, width)))
+    monkeypatch.setattr(scenes, "draw_line", lambda rng, thickness, height, width: np.zeros((height, width)))
     for seed in range(5):
         image, labels, _ = draw_scene(np.random.default_rng(seed), 96, 96)
         thing = labels >= len(STUFF)
