@@ -85,10 +85,9 @@ def detection_picture(
         )
     ]
     many = max(len(found), len(true)) > _MANY
+    least = "" if scores is None else f" with scores from {threshold:g}"
     panels = {
-        f"prediction: {_count(len(found))}{'' if scores is None else f' with scores from {threshold:g}'}": _panel(
-            image, found, many=many
-        ),
+        f"prediction: {_count(len(found))}{least}": _panel(image, found, many=many),
         f"truth: {_count(len(true))}": _panel(image, true, many=many),
     }
     width, height = next(iter(panels.values())).size
@@ -214,7 +213,7 @@ def _places(boxes: np.ndarray, widths: Sequence[int], height: int, size: tuple[i
         names = _common(places, chips[done]).sum(axis=1) / (width * height)
         others = np.arange(len(boxes)) != index
         hidden = (_common(places, boxes[others]) / np.maximum(areas[others], 1.0)).sum(axis=1)
-        chips[index] = places[np.argmin(costs + 30 * names + 3 * hidden)]
+        chips[index] = places[np.argmin(costs + 10 * (names > 1e-6) + 30 * names + 3 * hidden)]
         done.append(index)
     return chips
 
