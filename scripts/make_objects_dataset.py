@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -171,6 +172,9 @@ def main() -> None:
     if not 64 <= arguments.low <= arguments.high:
         parser.error("--low must be at least 64, and --high at least --low")
     look = {"seed": arguments.seed, "low": arguments.low, "high": arguments.high}
+    for module in ("cv2", "pycocotools"):
+        if importlib.util.find_spec(module) is None:
+            sys.exit("error: masks are encoded with OpenCV and pycocotools: pip install 'msvmamba_jax[data]'")
     try:
         make(arguments.root, train=arguments.train, val=arguments.val, processes=arguments.processes, **look)
     except InputError as error:

@@ -170,6 +170,10 @@ def test_nothing_is_overwritten_and_options_are_checked(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="exists and is not empty"):
         run(monkeypatch, root)
     assert list(root.iterdir()) == [root / "mine.txt"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'msvmamba_jax\[data\]'"):
+        run(monkeypatch, tmp_path / "other")
+    monkeypatch.undo()
     for options in (("--train", 0), ("--low", 32), ("--low", 100, "--high", 99)):
         with pytest.raises(SystemExit):
             run(monkeypatch, tmp_path / "other", *options)
