@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from region_points import weights_by_loop
 
 from msvmamba_jax.models.detection import masks as module
 from msvmamba_jax.models.detection.masks import pack_masks, paste_masks, unpack_masks
-from tests.models.detection.test_roi_align import weights_by_loop
 
 
 @pytest.mark.parametrize("width", [1, 8, 13, 64])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from region_points import weights_by_loop
 
 from msvmamba_jax.models.detection import roi_align as module
 from msvmamba_jax.models.detection.roi_align import region_levels, sampling_grid
@@ -40,31 +39,6 @@ def test_as_recorded(recorded, largest_error, bins):
     found = roi_align([maps], boxes, strides=(4,), bins=bins, levels=levels)
     found = found[rois[:, 0].astype(int), np.arange(len(rois))].transpose(0, 3, 1, 2)
     assert largest_error(found, recorded[f"roialign/out{bins}"]) < 1e-5
-
-
-def points(low: float, high: float, scale: float, bins: int) -> list[np.ndarray]:
-    """Coordinates of each bin's points, from the paper's words."""
-    start, length = low * scale - 0.5, (high - low) * scale / bins
-    count = max(math.ceil(length), 0)
-    return [start + (p + (np.arange(count) + 0.5) / max(count, 1)) * length for p in range(bins)]
-
-
-def bilinear(point: float, size: int) -> dict[int, float]:
-    """Weights of positions for one point of an axis."""
-    if not -1 <= point <= size:
-        return {}
-    point = min(max(point, 0), size - 1)
-    low = min(int(point), size - 1)
-    return {low: 1 - (point - low), **({low + 1: point - low} if low + 1 < size else {})}
-
-
-def weights_by_loop(low, high, scale, size, bins) -> np.ndarray:
-    matrix = np.zeros((bins, size))
-    for p, own in enumerate(points(low, high, scale, bins)):
-        for point in own:
-            for position, weight in bilinear(point, size).items():
-                matrix[p, position] += weight / len(own)
-    return matrix
 
 
 def dense(pyramid, boxes, levels, strides, bins, weights=weights_by_loop) -> np.ndarray:
