@@ -14,6 +14,7 @@ from tqdm import tqdm
 from msvmamba_jax.errors import InputError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -32,10 +33,13 @@ def new_folder(root: Path) -> Iterator[None]:
         raise InputError(f"Cannot write {root}: {error.strerror or error}.") from error
 
 
-def run(function: Callable[[T], None], jobs: Sequence[T], *, processes: int) -> None:
-    """Calls a function, which must be picklable, for every job in some order, with a progress bar on a terminal."""
+def run(function: Callable[[T], R], jobs: Sequence[T], *, processes: int) -> list[R]:
+    """Calls a function, which must be picklable, for every job, with a progress bar on a terminal.
+
+    Returns:
+        What it returned for each job, in their order.
+    """
     # Spawned: forked children of a program with threads may hang.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        done = pool.imap_unordered(function, jobs, chunksize=8)
-        for _ in tqdm(done, total=len(jobs), unit="image", disable=not sys.stderr.isatty()):
-            pass
+        done = pool.imap(function, jobs, chunksize=8)
+        return list(tqdm(done, total=len(jobs), unit="image", disable=not sys.stderr.isatty()))

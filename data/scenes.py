@@ -163,6 +163,31 @@ def draw_scene(rng: Rng, height: int, width: int) -> Scene:
         height: in pixels; likewise the width. From about 64 on objects keep their shapes.
         width: in pixels.
     """
+    pixels, labels = draw_ground(rng, height, width)
+    for _ in range(rng.integers(0, 3)):
+        part = draw_line(rng, (1.5, 3), height, width)
+        pixels += part[..., None] * (rng.uniform(0, 120, 3) - pixels)
+        labels[part > 0.5] = NOTHING
+    instances: list[tuple[int, np.ndarray]] = []
+    least: list[float] = []  # pixels of each that must stay to be seen
+    for _ in range(rng.integers(3, 8)):
+        label = CLASSES.index(THINGS[rng.integers(len(THINGS))])
+        radius = rng.uniform(0.16, 0.3) * min(height, width)
+        x, y = rng.uniform(0.1, 0.9) * width, rng.uniform(0.1, 0.9) * height
+        colours, part = draw_thing(CLASSES[label], rng, radius, (x, y), height, width)
+        mask = part > 0.5
+        left = [(other, seen & ~mask) for other, seen in instances]
+        if mask.sum() < _MIN_AREA or any(seen.sum() < few for (_, seen), few in zip(left, least, strict=True)):
+            continue
+        pixels += part[..., None] * (colours - pixels)
+        labels[mask] = label
+        instances = [*left, (label, mask)]
+        least.append(float(mask.sum()) / 3)
+    return Scene(lit(pixels, rng), labels, instances)
+
+
+def draw_ground(rng: Rng, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Regions of different ground: colours in 0..255, float64 (height, width, 3), and labels, uint8 (height, width)."""
     regions = _regions(rng, height, width)
     names = [STUFF[i] for i in rng.permutation(len(STUFF))[: regions.max() + 1]]
     if "sky" in names:  # above all others where there are others
@@ -173,27 +198,55 @@ def draw_scene(rng: Rng, height: int, width: int) -> Scene:
         inside = regions == region
         pixels[inside] = _ground(_STUFF[name], rng, height, width)[inside]
         labels[inside] = CLASSES.index(name)
-    for _ in range(rng.integers(0, 3)):
-        part = _line(rng, height, width)
-        pixels += part[..., None] * (rng.uniform(0, 120, 3) - pixels)
-        labels[part > 0.5] = NOTHING
-    instances: list[tuple[int, np.ndarray]] = []
-    least: list[float] = []  # pixels of each that must stay to be seen
-    for _ in range(rng.integers(3, 8)):
-        label = CLASSES.index(THINGS[rng.integers(len(THINGS))])
-        colours, part = _object(_THINGS[CLASSES[label]], rng, height, width)
-        mask = part > 0.5
-        left = [(other, seen & ~mask) for other, seen in instances]
-        if mask.sum() < _MIN_AREA or any(seen.sum() < few for (_, seen), few in zip(left, least, strict=True)):
-            continue
-        pixels += part[..., None] * (colours - pixels)
-        labels[mask] = label
-        instances = [*left, (label, mask)]
-        least.append(float(mask.sum()) / 3)
+    return pixels, labels
+
+
+def draw_thing(
+    name: str, rng: Rng, radius: float, centre: tuple[float, float], height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """An object, turned and coloured at random.
+
+    Args:
+        name: one of `THINGS`.
+        radius: in pixels; its sides are about twice as long.
+        centre: x and y in pixels.
+        rng, height, width: see `draw_scene`.
+
+    Returns:
+        Its colours in 0..255, (height, width, 3), and how much it fills of every pixel, (height, width); float64.
+    """
+    thing = _THINGS[name]
+    y, x = _positions(height, width)
+    u, v = _turned((x - centre[0]) / radius, (y - centre[1]) / radius, rng.uniform(0, 2 * np.pi))
+    inside = thing.shape(u, v)
+    # Its distance from the border in pixels, near it: 0.5 outside to 0.5 inside is the soft edge.
+    slope = np.hypot(*np.gradient(inside)) + 1e-6
+    part = np.clip(0.5 + inside / slope, 0, 1)
+    hue = rng.uniform(*thing.hue)
+    colours = np.broadcast_to(_colour(hue, rng.uniform(0.4, 1), rng.uniform(0.5, 1)), (height, width, 3))
+    if thing.pattern is not None:
+        other = _colour(hue + rng.uniform(0.2, 0.8), rng.uniform(0, 1), rng.choice((0.2, 1)))
+        scale = rng.uniform(1.6, 2.2)
+        figure = TEXTURES[thing.pattern](u * scale, v * scale, rng) > 0
+        colours = np.where(figure[..., None], other, colours)
+    shade = 1 + rng.uniform(0.1, 0.25) * np.clip(u + v, -1.5, 1.5)
+    return colours * shade[..., None] + rng.normal(0, rng.uniform(1, 5), (height, width, 1)), part
+
+
+def draw_line(rng: Rng, thickness: Range, height: int, width: int) -> np.ndarray:
+    """How much a straight line at a random place fills of every pixel: (height, width). Its thickness is in pixels."""
+    y, x = _positions(height, width)
+    _, across = _turned(x - rng.uniform(0, 1) * width, y - rng.uniform(0, 1) * height, rng.uniform(0, np.pi))
+    return np.clip(0.5 + rng.uniform(*thickness) / 2 - np.abs(across), 0, 1)
+
+
+def lit(pixels: np.ndarray, rng: Rng) -> np.ndarray:
+    """An image, uint8 (height, width, 3), of colours in 0..255 in a light that falls from a side."""
+    height, width = pixels.shape[:2]
     y, x = _positions(height, width)
     light = rng.uniform(-0.3, 0.3, 2)
-    pixels *= (1 + light[0] * (x / width - 0.5) + light[1] * (y / height - 0.5))[..., None]
-    return Scene(np.rint(pixels.clip(0, 255)).astype(np.uint8), labels, instances)
+    pixels = pixels * (1 + light[0] * (x / width - 0.5) + light[1] * (y / height - 0.5))[..., None]
+    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
 def _positions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,31 +295,3 @@ def _ground(stuff: _Stuff, rng: Rng, height: int, width: int) -> np.ndarray:
     ground = _colour(hue + rng.uniform(-0.03, 0.03), saturation, value * rng.uniform(*stuff.ground))
     noise = rng.normal(0, rng.uniform(*stuff.grain), (height, width, 1))
     return ground + part[..., None] * (figure - ground) + noise
-
-
-def _object(thing: _Thing, rng: Rng, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """An object at a random place: its colours in 0..255 (height, width, 3), and how much it fills of every pixel."""
-    radius = rng.uniform(0.16, 0.3) * min(height, width)
-    y, x = _positions(height, width)
-    x, y = x - rng.uniform(0.1, 0.9) * width, y - rng.uniform(0.1, 0.9) * height
-    u, v = _turned(x / radius, y / radius, rng.uniform(0, 2 * np.pi))
-    inside = thing.shape(u, v)
-    # Its distance from the border in pixels, near it: 0.5 outside to 0.5 inside is the soft edge.
-    slope = np.hypot(*np.gradient(inside)) + 1e-6
-    part = np.clip(0.5 + inside / slope, 0, 1)
-    hue = rng.uniform(*thing.hue)
-    colours = np.broadcast_to(_colour(hue, rng.uniform(0.4, 1), rng.uniform(0.5, 1)), (height, width, 3))
-    if thing.pattern is not None:
-        other = _colour(hue + rng.uniform(0.2, 0.8), rng.uniform(0, 1), rng.choice((0.2, 1)))
-        scale = rng.uniform(*thing.periods)
-        figure = TEXTURES[thing.pattern](u * scale, v * scale, rng) > 0
-        colours = np.where(figure[..., None], other, colours)
-    shade = 1 + rng.uniform(0.1, 0.25) * np.clip(u + v, -1.5, 1.5)
-    return colours * shade[..., None] + rng.normal(0, rng.uniform(1, 5), (height, width, 1)), part
-
-
-def _line(rng: Rng, height: int, width: int) -> np.ndarray:
-    """How much a straight thin line fills of every pixel: (height, width)."""
-    y, x = _positions(height, width)
-    _, across = _turned(x - rng.uniform(0, 1) * width, y - rng.uniform(0, 1) * height, rng.uniform(0, np.pi))
-    return np.clip(0.5 + rng.uniform(0.75, 1.5) - np.abs(across), 0, 1)

@@ -31,6 +31,7 @@ from msvmamba_jax.models.detector import Detector, pyramid_sizes
 
 RPN_SITE = FIRST_FREE_SITE  # of the random choices, see `DropPath`
 HEAD_SITE = FIRST_FREE_SITE + 1
+TRUTH_PLACE = 1 << 24  # of the first ground truth among the candidates, behind any number of proposals
 
 
 class Truth(NamedTuple):
@@ -176,7 +177,7 @@ def choose_regions(proposals: Proposals, truth: Truth, keys: jax.Array | None, q
         )
         boxes = jnp.concatenate([truth.box, proposals.box])
         owner = jnp.concatenate([jnp.where(truth.valid, truths, IGNORED), assigned.truth])
-        places = jnp.concatenate([truths + count, jnp.arange(count, dtype=jnp.int32)]).astype(jnp.uint32)
+        places = jnp.concatenate([TRUTH_PLACE + truths, jnp.arange(count, dtype=jnp.int32)]).astype(jnp.uint32)
         chosen = sample(owner, _priorities(key, HEAD_SITE, places), quota)
         return Regions(
             jnp.where(chosen.valid[:, None], boxes[chosen.candidate], 0.0),

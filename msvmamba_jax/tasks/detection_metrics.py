@@ -41,7 +41,7 @@ class DetectionEvaluator:
 
     def __init__(
         self,
-        annotations: str | Path | Any,
+        annotations: str | Path | Mapping[str, Any] | Any,
         image_ids: Sequence[int] | np.ndarray,
         category_ids: Sequence[int],
         class_names: Sequence[str],
@@ -49,7 +49,8 @@ class DetectionEvaluator:
         """Starts with no detections.
 
         Args:
-            annotations: a file of COCO's instances, or the `pycocotools.coco.COCO` of one, which stays as it is.
+            annotations: a file of COCO's instances; what it holds, a dictionary; or the `pycocotools.coco.COCO` of one.
+                They stay as they are.
             image_ids: for each image of the split, by its index, the id that the annotations have for it.
             category_ids: for each label, the id that the annotations have for it; others are not evaluated.
             class_names: the name of every label.
@@ -250,26 +251,28 @@ class DetectionEvaluator:
         return precision[:, :, np.argsort(np.argsort(self._category_ids))]
 
 
-def _coco(annotations: str | Path | Any) -> Any:
-    """The COCO of a file, or the one that is given."""
+def _coco(annotations: str | Path | Mapping[str, Any] | Any) -> Any:
+    """The COCO of a file or dictionary, or the one that is given."""
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
         raise InputError("COCO's metrics need pycocotools: pip install 'msvmamba_jax[data]'.") from error
     if isinstance(annotations, COCO):
         return annotations
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
+        if isinstance(annotations, Mapping):
+            return _indexed(annotations)
+        try:
             return COCO(str(annotations))
-    except OSError as error:
-        raise InputError(f"Cannot read the annotations {annotations}: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{annotations} is no file of COCO's instances: name one such as annotations/instances_val2017.json."
-        ) from error
+        except OSError as error:
+            raise InputError(f"Cannot read the annotations {annotations}: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise InputError(
+                f"{annotations} is no file of COCO's instances: name one such as annotations/instances_val2017.json."
+            ) from error
 
 
-def _indexed(dataset: dict[str, Any]) -> Any:
+def _indexed(dataset: Mapping[str, Any]) -> Any:
     from pycocotools.coco import COCO
 
     coco = COCO()

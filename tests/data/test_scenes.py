@@ -52,6 +52,16 @@ def test_a_scene_is_a_function_of_the_generator() -> None:
     assert (first.image != other.image).any()
 
 
+def test_a_seed_keeps_its_scene() -> None:
+    """What was made before is made again; only roundings may differ between machines."""
+    first, second = (draw_scene(np.random.default_rng(seed), 96, 120) for seed in (0, 1))
+    assert [CLASSES[label] for label, _ in first.instances] == ["star", "heart", "square"]
+    assert [CLASSES[label] for label, _ in second.instances] == ["ring", "dice", "target", "star"]
+    assert [int(mask.sum()) for _, mask in first.instances] == pytest.approx([215, 1034, 2332], abs=4)
+    assert first.image.mean() == pytest.approx(136.726, abs=0.05)
+    assert (first.labels == NOTHING).sum() == pytest.approx(147, abs=4)
+
+
 def test_objects_stay_visible(drawn: list[Scene]) -> None:
     """Of every instance a third is left, also where later ones hide it: no slivers."""
     assert min(mask.sum() for scene in drawn for _, mask in scene.instances) >= 20 / 3
@@ -82,7 +92,7 @@ def test_shapes_by_hand() -> None:
 def test_edges_of_the_image_lie_on_those_of_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one colour for all ground and no noise, every pixel away from an edge is plain."""
     monkeypatch.setattr(scenes, "_ground", lambda stuff, rng, height, width: np.zeros((height, width, 3)))
-    monkeypatch.setattr(scenes, "_line", lambda rng, height, width: np.zeros((height, width)))
+    monkeypatch.setattr(scenes, "draw_line", lambda rng, thickness, height, width: np.zeros((height, width)))
     for seed in range(5):
         image, labels, _ = draw_scene(np.random.default_rng(seed), 96, 96)
         thing = labels >= len(STUFF)

@@ -333,9 +333,11 @@ def test_the_given_annotations_stay_as_they_are(tmp_path):
     evaluator.result()
     assert given.dataset == dataset
     (tmp_path / "instances.json").write_text(json.dumps(dataset))
-    other = DetectionEvaluator(tmp_path / "instances.json", list(IMAGES), IDS, NAMES)
-    other.update(guesses(dataset), np.ones(5, bool))
-    assert other.result() == evaluator.result()
+    for form in (tmp_path / "instances.json", dataset):
+        other = DetectionEvaluator(form, list(IMAGES), IDS, NAMES)
+        other.update(guesses(dataset), np.ones(5, bool))
+        assert other.result() == evaluator.result()
+    assert given.dataset == dataset
 
 
 def test_bad_annotations(tmp_path, monkeypatch):
