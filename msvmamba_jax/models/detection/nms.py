@@ -19,6 +19,7 @@ from jax import lax
 
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.models.detection.boxes import area, intersection
+from msvmamba_jax.models.detection.top_k import top_k
 
 State = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -84,7 +85,7 @@ def select(scores: jax.Array, kept: jax.Array, count: int) -> Selected:
     masked = jnp.where(kept, scores, -jnp.inf)
     if scores.shape[0] < count:
         masked = jnp.pad(masked, (0, count - scores.shape[0]), constant_values=-jnp.inf)
-    best, index = lax.top_k(masked, count)
+    best, index = top_k(masked, count)
     valid = best > -jnp.inf
     return Selected(jnp.where(valid, index, 0), valid)
 

@@ -88,7 +88,7 @@ class Grid(NamedTuple):
     size: jax.Array
 
 
-def sampling_grid(low: jax.Array, high: jax.Array, scale: jax.Array | float, size: jax.Array, bins: int) -> Grid:
+def sampling_grid(low: jax.Array, high: jax.Array, scale: jax.Array | float, size: jax.Array | int, bins: int) -> Grid:
     """The points along one axis of regions from `low` to `high` (...,) pixels on maps of `scale` positions a pixel."""
     start, end = low * scale - 0.5, high * scale - 0.5
     length = end - start
@@ -198,9 +198,11 @@ def _regions(layout: _Layout, positions: jax.Array, boxes: jax.Array, levels: ja
     flat = positions.reshape(-1, channels)
 
     def group(windows: _Windows) -> jax.Array:
+        axes = _axes(layout, windows)
+
         def add(piece: jax.Array, total: jax.Array) -> jax.Array:
-            index, weights = _piece(windows, piece, layout.bins)
-            return total + _product("nbk,nkc->nbc", weights, flat[index])
+            place, _ = _places(windows, piece)
+            return total + _product("nbk,nkc->nbc", _weights(windows, axes, piece), flat[place])
 
         start = jnp.zeros((*windows.base.shape, cells, channels), accumulator_dtype(flat.dtype))
         start, _ = vary_alike((start, flat))
@@ -208,10 +210,9 @@ def _regions(layout: _Layout, positions: jax.Array, boxes: jax.Array, levels: ja
 
     order, windows = _grouped_windows(layout, boxes, levels)
     regions = lax.map(group, windows).reshape(-1, cells, channels)
-    regions = (
-        jnp.zeros((levels.size, cells, channels), flat.dtype).at[order].set(regions, mode="drop", unique_indices=True)
-    )
-    return (regions.reshape(*levels.shape, layout.bins, layout.bins, channels),)
+    ordered = jnp.zeros((levels.size, cells, channels), flat.dtype)
+    ordered = ordered.at[order].set(regions, mode="drop", unique_indices=True)
+    return (ordered.reshape(*levels.shape, layout.bins, layout.bins, channels),)
 
 
 def _gradient(layout: _Layout, gradient: jax.Array, boxes: jax.Array, levels: jax.Array) -> tuple[jax.Array]:
@@ -221,11 +222,12 @@ def _gradient(layout: _Layout, gradient: jax.Array, boxes: jax.Array, levels: ja
 
     def group(total: jax.Array, work: tuple[jax.Array, _Windows]) -> tuple[jax.Array, None]:
         order, windows = work
-        own = gradient.at[order].get(mode="fill", fill_value=0)
+        own, axes = gradient.at[order].get(mode="fill", fill_value=0), _axes(layout, windows)
 
         def add(piece: jax.Array, total: jax.Array) -> jax.Array:
-            index, weights = _piece(windows, piece, layout.bins, beyond=total.shape[0])
-            return total.at[index].add(_product("nbk,nbc->nkc", weights, own), mode="drop")
+            place, inside = _places(windows, piece)
+            place = jnp.where(inside, place, total.shape[0])  # beyond the end, where nothing is added
+            return total.at[place].add(_product("nbk,nbc->nkc", _weights(windows, axes, piece), own), mode="drop")
 
         return lax.fori_loop(0, _pieces(windows), add, total), None
 
@@ -277,24 +279,37 @@ def _pieces(windows: _Windows) -> jax.Array:
     return jnp.max((windows.positions + PIECE - 1) // PIECE)
 
 
-def _piece(windows: _Windows, piece: jax.Array, bins: int, beyond: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """The positions (n, 256), int32, of one piece of each window, and their weights (n, bins^2, 256), float32.
-
-    Places after a window's end have weight 0; their index is the window's last position, or `beyond`.
-    """
-    place = piece * PIECE + jnp.arange(PIECE, dtype=jnp.int32)
-    inside = place < windows.positions[:, None]
-    place = jnp.clip(place, 0, jnp.maximum(windows.positions[:, None] - 1, 0))
-    row, column = jnp.divmod(place, jnp.maximum(windows.width, 1)[:, None])
-    row, column = row + windows.top[:, None], column + windows.left[:, None]
-    index = windows.base[:, None] + row * windows.stride[:, None] + column
-    if beyond is not None:
-        index = jnp.where(inside, index, beyond)
+def _axes(layout: _Layout, windows: _Windows) -> tuple[jax.Array, jax.Array]:
+    """The weights of all rows (n, bins, rows of the largest map) and of all columns (n, bins, columns)."""
+    height, width = np.asarray(layout.sizes).max(0)
     dtype = windows.rows.start.dtype
-    rows = axis_weights(windows.rows, row.astype(dtype), bins)
-    columns = axis_weights(windows.columns, column.astype(dtype), bins)
+    rows, columns = (jnp.broadcast_to(jnp.arange(size, dtype=dtype), (1, size)) for size in (height, width))
+    return axis_weights(windows.rows, rows, layout.bins), axis_weights(windows.columns, columns, layout.bins)
+
+
+def _row_and_column(windows: _Windows, piece: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the positions (n, 256) of one piece of each window, int32, and which places are not behind the window's end.
+
+    Behind it, the window's last position is repeated.
+    """
+    place, end = piece * PIECE + jnp.arange(PIECE, dtype=jnp.int32), windows.positions[:, None]
+    row, column = jnp.divmod(jnp.clip(place, 0, jnp.maximum(end - 1, 0)), jnp.maximum(windows.width, 1)[:, None])
+    return row + windows.top[:, None], column + windows.left[:, None], place < end
+
+
+def _places(windows: _Windows, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where a piece's positions (n, 256), int32, are among all levels and images, and which are in the window."""
+    row, column, inside = _row_and_column(windows, piece)
+    return windows.base[:, None] + row * windows.stride[:, None] + column, inside
+
+
+def _weights(windows: _Windows, axes: tuple[jax.Array, jax.Array], piece: jax.Array) -> jax.Array:
+    """Weights (n, bins^2, 256), float32, of a piece's positions in each bin; 0 behind the window's end."""
+    row, column, inside = _row_and_column(windows, piece)
+    rows = jnp.take_along_axis(axes[0], row[:, None], axis=2)
+    columns = jnp.take_along_axis(axes[1], column[:, None], axis=2)
     weights = rows[:, :, None] * jnp.where(inside[:, None], columns, 0.0)[:, None]
-    return index, weights.reshape(-1, bins**2, PIECE)
+    return weights.reshape(weights.shape[0], -1, PIECE)
 
 
 def _product(equation: str, weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from msvmamba_jax.models.detection.anchors import PER_POSITION, STRIDES, inside,
 from msvmamba_jax.models.detection.boxes import RPN_DEVIATIONS, clip, decode
 from msvmamba_jax.models.detection.layers import Convolution, linear
 from msvmamba_jax.models.detection.nms import select, suppress_sorted
+from msvmamba_jax.models.detection.top_k import top_k
 
 THRESHOLD = 0.7  # overlap of proposals of one level
 
@@ -116,7 +117,7 @@ def _propose(
 
     def best(start: int, count: int) -> tuple[jax.Array, jax.Array]:
         """Indices and scores (kept,) of one level's best anchors, by falling score."""
-        score, index = lax.top_k(scores[start : start + count], min(kept, count))
+        score, index = top_k(scores[start : start + count], min(kept, count))
         padding = (0, kept - score.size)
         return jnp.pad(index + start, padding), jnp.pad(score, padding, constant_values=-1.0)
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from msvmamba_jax.models.detection.assignment import NEGATIVE
+from msvmamba_jax.models.detection.top_k import top_k
 
 
 class Quota(NamedTuple):
@@ -92,5 +92,5 @@ def sample(truth: jax.Array, priority: jax.Array, quota: Quota) -> Sample:
 
 def _highest(wanted: jax.Array, priority: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Indices (count,) of the wanted candidates of highest priority, highest first, and which of them are wanted."""
-    priority, index = lax.top_k(jnp.where(wanted, priority, -1), count)
+    priority, index = top_k(jnp.where(wanted, priority, -1), count)
     return index, priority >= 0

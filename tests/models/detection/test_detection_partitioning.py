@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from msvmamba_jax.models.detection.assignment import RPN_THRESHOLDS, assign
 from msvmamba_jax.models.detection.nms import multiclass_nms, nms
 from msvmamba_jax.models.detection.roi_align import roi_align
+from msvmamba_jax.models.detection.top_k import top_k
 
 
 def align(maps, boxes):
@@ -19,6 +20,7 @@ def align(maps, boxes):
 
 
 OPERATORS = {
+    "largest": lambda maps, boxes, scores: jax.vmap(lambda x: top_k(x, 7))(scores),
     "assignment": lambda maps, boxes, scores: jax.vmap(lambda x: assign(x, x[:5], RPN_THRESHOLDS))(boxes),
     "suppression": lambda maps, boxes, scores: jax.vmap(lambda x, y: nms(x, y, 0.3))(boxes, scores),
     "classes": lambda maps, boxes, scores: jax.vmap(
