@@ -84,8 +84,8 @@ class CocoRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decodes a record.
 
-        In training the place of a damaged one is taken by the next that lies or stands as it does and whose objects fill
-        no more `slots`, so that it fits where it is expected.
+        In training the place of a damaged one is taken by the next that lies or stands as it does and whose objects
+        fill no more `slots`, so that it fits where it is expected.
 
         Returns:
             A dictionary of
@@ -235,15 +235,15 @@ def load_coco(
     """
     root = coco_root(root)
     parts = []
-    for images, annotations, training in (
-        (train_images, train_annotations, True),
+    for images, file, training in (  # the small file first: what is wrong shall show soon
         (evaluation_images, evaluation_annotations, False),
+        (train_images, train_annotations, True),
     ):
-        index, files, names = read_coco(os.path.join(root, annotations), os.path.join(root, images), training=training)
+        index, files, names = read_coco(os.path.join(root, file), os.path.join(root, images), training=training)
         part = coco_records(index, files, training=training, annotations_file=index.name)
         check_files(files.folder, [names[place] for place in part.places], index.name)
         parts.append((index, part))
-    (train_index, train), (evaluation_index, evaluation) = parts
+    (evaluation_index, evaluation), (train_index, train) = parts
     check_categories(train_index, evaluation_index)
     return train, evaluation, train.class_names
 
@@ -312,8 +312,8 @@ def check_categories(train: CocoIndex, evaluation: CocoIndex) -> None:
     (identifier, name), *_ = sorted(set(train.categories) ^ set(evaluation.categories))
     have, lack = (train, evaluation) if (identifier, name) in train.categories else (evaluation, train)
     raise InputError(
-        f"The category {name!r} with the id {identifier} is in {have.name}, but not in {lack.name}: give both files the "
-        "same categories."
+        f"The category {name!r} with the id {identifier} is in {have.name}, but not in {lack.name}: give both "
+        "files the same categories."
     )
 
 

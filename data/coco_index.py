@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from msvmamba_jax.data.coco_annotations import Annotations, Columns, Images, check_unique, checked_categories
-from msvmamba_jax.data.coco_json import JsonFile, scan_lists
+from msvmamba_jax.data.coco_json import JsonFile, Visitor, scan_lists
 from msvmamba_jax.data.instance_masks import check_run_length_size
 from msvmamba_jax.errors import InputError
 
@@ -84,7 +84,7 @@ def read_coco(path: str, folder: str, *, training: bool) -> tuple[CocoIndex, Coc
         InputError: the file is missing, is damaged or does not fit together.
     """
     images, annotations, categories = Images(path), Annotations(path), list[Any]()
-    visitors = {
+    visitors: dict[str, Visitor] = {
         "images": images.add,
         "annotations": annotations.add,
         "categories": lambda category, begin, end: categories.append(category),
@@ -126,8 +126,8 @@ def _images_of(columns: Columns, image_ids: np.ndarray, categories: tuple[tuple[
         if (lost := np.flatnonzero(~np.isin(wanted, have))).size:
             plural = {"image": "images", "category": "categories"}[kind]
             raise InputError(
-                f"Annotation {columns.ids[lost[0]]} in {columns.name} has the {kind}_id {wanted[lost[0]]}, which is not "
-                f"among its {plural}: correct or remove it."
+                f"Annotation {columns.ids[lost[0]]} in {columns.name} has the {kind}_id {wanted[lost[0]]}, which is "
+                f"not among its {plural}: correct or remove it."
             )
     return np.searchsorted(image_ids, columns.images)
 

@@ -70,8 +70,8 @@ def scan_lists(path: str, visitors: Mapping[str, Visitor]) -> JsonFile:
         What reads the elements again.
 
     Raises:
-        InputError: the file cannot be read, is cut off or no such JSON, or lacks one of the lists; and what the visitors
-            raise.
+        InputError: the file cannot be read, is cut off or no such JSON, or lacks one of the lists; and what the
+            visitors raise.
     """
     try:
         # A character for every byte, so that positions are those of the file. JSON's own signs are ASCII in UTF-8.

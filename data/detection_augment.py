@@ -27,8 +27,8 @@ _MIN_SLOTS = 8
 class CropOption:
     """What the recipe of 36 epochs does to half of the images before they are resized to their final size.
 
-    mmdetection draws both sides of the window alike, so that an image that lies may yield a window that stands. Here the
-    sides are then exchanged: windows, like images, come in two shapes for each batch, known before anything is drawn.
+    mmdetection draws both sides of the window alike, so that an image that lies may yield a window that stands. Here
+    the sides are then exchanged: windows, like images, come in two shapes, known before anything is drawn.
 
     Attributes:
         scales: bounds of the long and the short side, in pixels; one is drawn, for the first resize.
@@ -60,8 +60,8 @@ class CropOption:
 class DetectionAugmentation:
     """The whole augmentation, as `Dataset.augment`; picklable.
 
-    Without `crop` the flip comes last, with it first, as in the two recipes: a mask that is resized to the nearest pixel
-    differs.
+    Without `crop` the flip comes last, with it first, as in the two recipes: a mask that is resized to the nearest
+    pixel differs.
 
     Attributes:
         scales: bounds of the long and the short side, in pixels; one is drawn, and the image keeps its aspect ratio.
@@ -115,8 +115,8 @@ class DetectionAugmentation:
             - "image": uint8 (H, W, 3), RGB, at the top left of the canvas, 0 beyond, where the network's input must be
               0 too: whoever normalises the image zeroes it again;
             - "extent": int32 (2,), the rows and columns that are filled;
-            - "boxes": x1, y1, x2, y2 in pixels, float32 (g, 4), and "labels": int32 (g,), of the objects that are on the
-              image, in their order; crowds are none. 0 beyond;
+            - "boxes": x1, y1, x2, y2 in pixels, float32 (g, 4), and "labels": int32 (g,), of the objects that are on
+              the image, in their order; crowds are none. 0 beyond;
             - "valid": bool (g,), False beyond the objects;
             - "masks": uint8 (g, H, ceil(W / 8)), the objects' masks with the columns packed as `numpy.packbits` does;
             - "corrupt": as in the record, where it is there.
@@ -137,23 +137,24 @@ class DetectionAugmentation:
             boxes, kept = boxes[touching], kept[touching]
 
         rows, columns = self.canvas(height, width)
-        result = {
-            "image": np.zeros((rows, columns, 3), np.uint8),
-            "extent": np.array(size, np.int32),
-            "boxes": np.zeros((room, 4), np.float32),
-            "labels": np.zeros(room, np.int32),
-            "valid": np.arange(room) < len(kept),
-            "masks": np.zeros((room, rows, -(-columns // 8)), np.uint8),
-        }
-        result["image"][: size[0], : size[1]] = image
-        result["boxes"][: len(kept)] = boxes
-        result["labels"][: len(kept)] = record["labels"][kept]
+        canvas = np.zeros((rows, columns, 3), np.uint8)
+        canvas[: size[0], : size[1]] = image
+        masks = np.zeros((room, rows, -(-columns // 8)), np.uint8)
         for slot, number in enumerate(kept):
             mask = record["masks"][number].pixels()
             for step in steps:
                 mask = step.mask(mask)
             bits = np.packbits(mask, axis=1)
-            result["masks"][slot, : size[0], : bits.shape[1]] = bits
+            masks[slot, : size[0], : bits.shape[1]] = bits
+        padding = (0, room - len(kept))
+        result = {
+            "image": canvas,
+            "extent": np.array(size, np.int32),
+            "boxes": np.pad(boxes, (padding, (0, 0))),
+            "labels": np.pad(record["labels"][kept], padding),
+            "valid": np.arange(room) < len(kept),
+            "masks": masks,
+        }
         return {**result, "corrupt": record["corrupt"]} if "corrupt" in record else result
 
     @staticmethod

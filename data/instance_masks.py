@@ -1,7 +1,7 @@
 """Instance masks as COCO writes them, polygons or run lengths, and as arrays of pixels or bits.
 
-Polygons become pixels by the rule of COCO's own tools, which draws on a raster five times finer. Nothing is drawn before
-it is asked for, and always at the image's own size: training resizes the pixels, not the polygons.
+Polygons become pixels by the rule of COCO's own tools, which draws on a raster five times finer. Nothing is drawn
+before it is asked for, and always at the image's own size: training resizes the pixels, not the polygons.
 """
 
 from __future__ import annotations
