@@ -126,20 +126,19 @@ class CocoRecords:
         They are as in the file but for four things: ids are numbered from 1, since COCO's evaluation takes an object
         with the id 0 for none; an absent area is that of the mask, and an absent "iscrowd" 0; and polygons with fewer
         than three points are left out beside others, since COCO's tools cannot draw all of them.
+
+        Raises:
+            InputError: a file cannot be read, or a mask cannot be drawn.
         """
         annotations: list[dict[str, Any]] = []
         for index in range(len(self)):
             for annotation in self.files.annotations(self._place(index)):
-                segmentation = annotation["segmentation"]
+                segmentation, area = annotation["segmentation"], annotation.get("area")
+                mask = instance_mask(segmentation, *self._size(index), owner=self._owner(annotation["id"]))
                 if isinstance(segmentation, list):
-                    segmentation = whole_polygons(segmentation) or segmentation
-                area = annotation.get("area")
-                if isinstance(segmentation, dict) or whole_polygons(segmentation):  # or boxes, which need no check
-                    owner = self._owner(annotation["id"])
-                    mask = instance_mask(segmentation, *self._size(index), owner=owner)
-                    area = float(mask.pixels().sum()) if area is None else area
-                elif area is None:
-                    area = annotation["bbox"][2] * annotation["bbox"][3]
+                    segmentation = whole_polygons(segmentation)
+                if area is None:
+                    area = float(mask.pixels().sum())
                 annotations.append(
                     {
                         "id": len(annotations) + 1,

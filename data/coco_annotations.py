@@ -87,12 +87,11 @@ class Annotations:
             raise InputError(f"{owner} has an iscrowd that is neither 0 nor 1, but {_short(crowd)}: correct it.")
         segmentation = annotation.get("segmentation")
         run_lengths = 0, 0
-        drawable = readable = True
+        drawable = True
         if isinstance(segmentation, dict):
             run_lengths = run_length_size(segmentation, owner=owner)
         elif isinstance(segmentation, list):
             drawable = bool(whole_polygons(segmentation))
-            readable = drawable or _is_boxes(segmentation)
         else:
             raise InputError(f"{owner} has no segmentation, polygons or run lengths: add it, or remove the annotation.")
         self._ids.append(identifier)
@@ -100,7 +99,7 @@ class Annotations:
         self._categories.append(category)
         self._boxes.extend(map(float, box))
         self._areas.append(float(area))
-        self._flags.append(crowd | bool(annotation.get("ignore")) << 1 | drawable << 2 | readable << 3)
+        self._flags.append(crowd | bool(annotation.get("ignore")) << 1 | drawable << 2)
         self._run_length_sizes.extend(run_lengths)
         self._spans.extend((begin, end))
 
@@ -117,7 +116,6 @@ class Annotations:
             crowd=(flags & 1) > 0,
             ignored=(flags & 2) > 0,
             drawable=(flags & 4) > 0,
-            readable=(flags & 8) > 0,
             run_length_sizes=np.array(self._run_length_sizes, np.int64).reshape(-1, 2),
             spans=np.array(self._spans, np.int64).reshape(-1, 2),
         )
@@ -137,7 +135,6 @@ class Columns:
         crowd: bool.
         ignored: whether "ignore" is set, bool.
         drawable: whether a polygon of three points or run lengths are there, bool.
-        readable: whether COCO's tools can read the segmentation, bool.
         run_length_sizes: height and width of run lengths, int64 (n, 2); 0 for polygons.
         spans: where each begins and ends in the JSON file, int64 (n, 2).
     """
@@ -151,7 +148,6 @@ class Columns:
     crowd: np.ndarray
     ignored: np.ndarray
     drawable: np.ndarray
-    readable: np.ndarray
     run_length_sizes: np.ndarray
     spans: np.ndarray
 
@@ -231,13 +227,6 @@ def _reference(annotation: dict[str, Any], key: str, owner: str) -> int:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
-
-
-def _is_boxes(segmentation: list[Any]) -> bool:
-    """Whether COCO's tools would take it for boxes."""
-    return bool(segmentation) and all(
-        isinstance(part, list) and len(part) == 4 and all(map(_is_finite, part)) for part in segmentation
-    )
 
 
 def _short(value: Any) -> str:

@@ -103,9 +103,9 @@ def read_coco(path: str, folder: str, *, training: bool) -> tuple[CocoIndex, Coc
     kept = columns.trainable(owner_sizes)
     if training:
         _report(columns, owner_sizes)
-    elif not columns.readable.all():
+    elif not columns.drawable.all():
         raise InputError(
-            f"Annotation {columns.ids[~columns.readable][0]} in {path} has no polygon of three points or more, so that "
+            f"Annotation {columns.ids[~columns.drawable][0]} in {path} has no polygon of three points or more, so that "
             "COCO's evaluation cannot draw it: mend or remove it."
         )
     counts = np.bincount(owners[kept & ~columns.crowd], minlength=len(image_ids)).astype(np.int32)

@@ -47,7 +47,8 @@ class PolygonMask:
             from pycocotools import mask
         except ImportError as error:
             raise InputError("Polygons are drawn with COCO's tools: pip install 'msvmamba_jax[data]'.") from error
-        return mask.decode(mask.merge(mask.frPyObjects(list(self.polygons), self.height, self.width)))
+        drawn = mask.decode(mask.merge(mask.frPyObjects(list(self.polygons), self.height, self.width)))
+        return np.ascontiguousarray(drawn)  # it comes column by column
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
