@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,19 +31,27 @@ from msvmamba_jax.errors import InputError
 
 MIN_SIDE = 32  # of training images, in pixels
 
+# Where COCO has its images and annotations.
+FILES: Mapping[str, str] = {
+    "train_images": "train2017",
+    "train_annotations": "annotations/instances_train2017.json",
+    "evaluation_images": "val2017",
+    "evaluation_annotations": "annotations/instances_val2017.json",
+}
+
 
 class AnnotatedImages(Protocol):
     """Random access to encoded images and to their annotations as COCO's JSON has them; picklable."""
 
-    def image(self, index: int, /) -> tuple[bytes, str]:
-        """The content of an image file, and how messages call it, such as its path.
+    def encoded(self, index: int, /) -> tuple[bytes, list[dict[str, Any]], str]:
+        """The content of an image file, its annotations, and how messages call the image, such as its path.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: they cannot be read.
         """
 
     def annotations(self, index: int, /) -> list[dict[str, Any]]:
-        """The annotations of an image.
+        """The annotations alone.
 
         Raises:
             InputError: they cannot be read.
@@ -115,9 +123,9 @@ class CocoRecords:
             lambda place: self._decode(int(places[place])), 0, len(places), training=self.training
         )
         if record is None:
-            _, name = self.files.image(self._place(index))
+            _, annotations, name = self.files.encoded(self._place(index))
             image = np.zeros((*self._size(index), 3), np.uint8)
-            record = {"image": image, **self._objects(index), "index": index, "name": name}
+            record = {"image": image, **self._objects(index, annotations), "index": index, "name": name}
         return {**record, "corrupt": 1}
 
     def ground_truth(self) -> dict[str, Any]:
@@ -171,7 +179,7 @@ class CocoRecords:
         return f"Annotation {annotation} in {self.name}"
 
     def _decode(self, index: int) -> dict[str, Any]:
-        content, name = self.files.image(self._place(index))
+        content, annotations, name = self.files.encoded(self._place(index))
         image = decode_image(content, name=name)
         height, width = self._size(index)
         if image.shape[:2] != (height, width):
@@ -179,10 +187,9 @@ class CocoRecords:
                 f"The image {name} has {image.shape[1]} x {image.shape[0]} pixels, but {self.name} says {width} x "
                 f"{height} of its id {self.image_ids[index]}: its boxes would not fit."
             )
-        return {"image": image, **self._objects(index), "index": index, "name": name}
+        return {"image": image, **self._objects(index, annotations), "index": index, "name": name}
 
-    def _objects(self, index: int) -> dict[str, Any]:
-        annotations = self.files.annotations(self._place(index))
+    def _objects(self, index: int, annotations: list[dict[str, Any]]) -> dict[str, Any]:
         table = Annotations(self.name)
         for annotation in annotations:
             table.add(annotation)
@@ -212,10 +219,10 @@ class CocoRecords:
 def load_coco(
     root: Any,
     *,
-    train_images: str = "train2017",
-    train_annotations: str = "annotations/instances_train2017.json",
-    evaluation_images: str = "val2017",
-    evaluation_annotations: str = "annotations/instances_val2017.json",
+    train_images: str = FILES["train_images"],
+    train_annotations: str = FILES["train_annotations"],
+    evaluation_images: str = FILES["evaluation_images"],
+    evaluation_annotations: str = FILES["evaluation_annotations"],
 ) -> tuple[CocoRecords, CocoRecords, tuple[str, ...]]:
     """Reads the annotations of a data set; see the module. For COCO this takes about a minute.
 

@@ -54,19 +54,23 @@ class CocoFiles:
     annotation_spans: np.ndarray
     bounds: np.ndarray
 
-    def image(self, index: int) -> tuple[bytes, str]:
+    def encoded(self, index: int) -> tuple[bytes, list[dict[str, Any]], str]:
         """See `coco.AnnotatedImages`."""
-        (image,) = self.file.read(self.image_spans[index : index + 1])
+        spans = [self.image_spans[index : index + 1], self._annotation_spans(index)]
+        image, *annotations = self.file.read(np.concatenate(spans))
         path = os.path.join(self.folder, image["file_name"])
         try:
             with open(path, "rb") as file:
-                return file.read(), path
+                return file.read(), annotations, path
         except OSError as error:
             raise InputError(f"Cannot open the image {path}: {error.strerror or error}.") from error
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """See `coco.AnnotatedImages`."""
-        return self.file.read(self.annotation_spans[self.bounds[index] : self.bounds[index + 1]])
+        return self.file.read(self._annotation_spans(index))
+
+    def _annotation_spans(self, index: int) -> np.ndarray:
+        return self.annotation_spans[self.bounds[index] : self.bounds[index + 1]]
 
 
 def read_coco(path: str, folder: str, *, training: bool) -> tuple[CocoIndex, CocoFiles, list[str]]:
@@ -142,14 +146,14 @@ def _check_run_lengths(columns: Columns, sizes: np.ndarray) -> None:
 
 def _report(columns: Columns, sizes: np.ndarray) -> None:
     for flags, why in (
-        (~columns.has_extent(sizes), "are smaller than a pixel, lie beyond their image or have no area"),
-        (~columns.drawable, "have no polygon of three points or more"),
+        (~columns.has_extent(sizes), "smaller than a pixel, beyond the image or without an area"),
+        (~columns.drawable, "without a polygon of three points or more"),
     ):
         if flags.any():
             _LOGGER.warning(
-                "%d annotations in %s %s, and are not trained on (the first: annotation %d).",
+                "Not trained on, since %s: %d of the annotations in %s (the first has the id %d).",
+                why,
                 np.count_nonzero(flags),
                 columns.name,
-                why,
                 columns.ids[flags][0],
             )

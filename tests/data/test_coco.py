@@ -186,10 +186,11 @@ def test_objects_that_are_not_trained_on(root: Path, caplog: pytest.LogCaptureFi
     np.testing.assert_array_equal(record["masks"][4].pixels(), expected)
     name = train.annotations_file
     assert warnings(caplog) == [
-        f"6 annotations in {name} are smaller than a pixel, lie beyond their image or have no area, and are not "
-        "trained on (the first: annotation 1).",
-        f"2 annotations in {name} have no polygon of three points or more, and are not trained on (the first: "
-        "annotation 7).",
+        f"Not trained on, since {why}: {count} of the annotations in {name} (the first has the id {first})."
+        for why, count, first in (
+            ("smaller than a pixel, beyond the image or without an area", 6, 1),
+            ("without a polygon of three points or more", 2, 7),
+        )
     ]
 
 
