@@ -224,7 +224,7 @@ def load_coco(
     evaluation_images: str = FILES["evaluation_images"],
     evaluation_annotations: str = FILES["evaluation_annotations"],
 ) -> tuple[CocoRecords, CocoRecords, tuple[str, ...]]:
-    """Reads the annotations of a data set; see the module. For COCO this takes about a minute.
+    """Reads the annotations of a data set; see the module. For COCO this takes some ten seconds.
 
     Args:
         root: the folder that the other paths are in.
