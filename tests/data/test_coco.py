@@ -282,13 +282,17 @@ def test_a_file_that_changes_meanwhile(root: Path) -> None:
 # Damaged images
 
 
-def test_a_damaged_training_image(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = damage(root / "train2017" / "000000000005.png")  # number 1; it lies, as 8 and 21 (square) do, and 3 does not
+@pytest.mark.parametrize(("number", "identifier", "stand_in"), [(1, 5, 2), (2, 8, 3), (3, 21, 1)])
+def test_a_damaged_training_image(
+    root: Path, number: int, identifier: int, stand_in: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next one takes its place, but not number 0, which stands."""
+    path = damage(root / "train2017" / f"{identifier:012}.png")
     train = load_coco(root)[0]
-    expected = train[2]
+    expected = train[stand_in]
     for _ in range(2):
-        record = train[1]
-        assert (record["corrupt"], record["index"], record["name"]) == (1, 2, expected["name"])
+        record = train[number]
+        assert (record["corrupt"], record["index"], record["name"]) == (1, stand_in, expected["name"])
         for key in ("image", "boxes", "labels"):
             np.testing.assert_array_equal(record[key], expected[key])
         assert expected["corrupt"] == 0
