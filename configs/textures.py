@@ -4,8 +4,11 @@
     python -m msvmamba_jax.train --config configs/textures.py --workdir runs/textures
 
 Twelve classes that colour does not tell apart, 3,600 training and 600 evaluation images, seen at 64 x 64 pixels. The
-whole way of an ImageNet run in small: JPEG files, random crops, flips, RandAugment, averaged weights. Where the images
-lie elsewhere: --config.data.root=FOLDER.
+whole way of an ImageNet run in small: JPEG files, random crops, flips, RandAugment, random erasing, mixup and CutMix,
+averaged weights. Where the images lie elsewhere: --config.data.root=FOLDER.
+
+On two cores of a server CPU 40 epochs took 20 minutes and ended at 91.3 % (averaged weights) and 92.0 % (raw) top-1;
+chance is 8.3 %.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +25,7 @@ def get_config() -> ConfigDict:
                 "root": "datasets/textures",
                 "size": 64,  # side of the network's input, pixels
                 "resize": 73,  # of the short side before the crop in evaluation, as 256 is to 224
+                "scale": (0.3, 1.0),  # area of the random crop; smaller ones do not show what the texture is
                 "workers": 0,  # processes that load and augment; 0: threads of the training process
             },
             # name: a variant; the other keys replace the variant's own values
@@ -31,12 +35,12 @@ def get_config() -> ConfigDict:
             "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here
             "pretrained": "",  # a checkpoint to start from: a folder, a run's workdir, or a released file
             "freeze_backbone": False,  # train the head alone
-            "batch_size": 64,  # over all devices
+            "batch_size": 32,  # over all devices
             "evaluation_per_device": 0,  # images at a time in an evaluation; 0: as in training
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "duration": "20 epochs",  # or "1000 steps"
+            "duration": "40 epochs",  # or "1000 steps"
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
                 "schedule": "cosine",  # after the warm-up: "cosine" or "linear" to `minimum`, or "steps" with `drops`
                 "learning_rate": 2e-3,
@@ -56,12 +60,12 @@ def get_config() -> ConfigDict:
                 "mixup": 0.2,
                 "cutmix": 1.0,
                 "switch_probability": 0.5,  # of CutMix where both are on
-                "probability": 0.5,  # that a batch is mixed
+                "probability": 0.25,  # that a batch is mixed
             },
-            "ema_decay": 0.99,  # of the averaged weights, for each step
-            "log_every": "20 steps",
-            "evaluate_every": "2 epochs",
-            "save_every": "2 epochs",
+            "ema_decay": 0.998,  # of the averaged weights, for each step
+            "log_every": "56 steps",
+            "evaluate_every": "5 epochs",
+            "save_every": "5 epochs",
             "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }

@@ -47,6 +47,8 @@ LINEAR = _einops("o i", "i o")
 POINTWISE = _einops("o i 1 1", "i o")
 CONVOLUTION = _einops("o i p q", "p q i o")
 DEPTHWISE = _einops("d 1 i j", "i j d")
+DECONVOLUTION = _einops("i o p q", "i p q o")
+REGIONS = _einops("o (c p q)", "(p q c) o", p=7, q=7)  # a linear layer on regions of 7 x 7 bins
 PATCHES = _einops("o c p q", "(p q c) o", p=4, q=4, c=3)
 
 # A regular expression for the whole name of an original tensor, the names of what is made of it, and how. Numbers in

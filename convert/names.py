@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from msvmamba_jax.convert import upernet_names
+from msvmamba_jax.convert import mask_rcnn_names, upernet_names
 from msvmamba_jax.convert.layouts import DEPTHWISE, LINEAR, PATCHES, POINTWISE, SAME, Layout, Rule, stacked
 
 _STAGE, _BLOCK = r"layers\.(?P<stage>\d+)", r"layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)"
@@ -72,7 +72,7 @@ _HEADS: dict[str, list[Rule]] = {
         (r"classifier\.head\.bias", ("head.bias",), SAME),
     ],
     "segmentation": upernet_names.RULES,
-    "detection": [],
+    "detection": mask_rcnn_names.RULES,
 }
 
 # In the models of dense tasks the backbone is a part, and has a norm behind each stage.

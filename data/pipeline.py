@@ -47,6 +47,10 @@ class Dataset:
         prepare: maps an evaluation record to the fields of an evaluation example.
         evaluation_shapes: for each evaluation record something that is equal where the shapes of its example are; None:
             all have the same.
+        train_groups: int (n,), a group for each training record: a batch holds records of one group alone, and only
+            examples of one group have the same shape. None: all are of one group.
+        train_slots: int (n,): a training record, as `augment` gets it, has the greatest of these numbers in its global
+            batch as ``"slots"``, so that examples of as many objects can be made. None: it has no such field.
     """
 
     train: Source
@@ -56,6 +60,8 @@ class Dataset:
     augment: Callable[[Record, np.random.Generator], Record]
     prepare: Callable[[Record], Record]
     evaluation_shapes: Callable[[], Sequence[Hashable]] | None = None
+    train_groups: np.ndarray | None = None
+    train_slots: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +86,12 @@ def train_steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
         InputError: there are fewer records than one batch holds.
     """
     _positive("batch_size", batch_size)
-    steps = len(dataset.train) // batch_size
+    sizes = [len(dataset.train)] if dataset.train_groups is None else np.bincount(dataset.train_groups)
+    steps = sum(int(size) // batch_size for size in sizes)
     if not steps:
+        largest = f", at most {max(sizes)} of one shape" if len(sizes) > 1 else ""
         raise InputError(
-            f"The training set has {len(dataset.train)} images, which do not fill one batch: "
+            f"The training set has {len(dataset.train)} images{largest}, which do not fill one batch: "
             f"lower batch_size from {batch_size} to at most that."
         )
     return steps
@@ -102,9 +110,9 @@ def train_batches(
     """Endless training batches of this process, from `start_step` on.
 
     Every epoch is a new shuffle of the training records and takes `train_steps_per_epoch` steps; what does not fill a
-    last batch is left out until the next shuffle. The batches that the processes get for a step are disjoint and make
-    up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and its augmentation
-    are the same for every number of processes.
+    last batch (of its group) is left out until the next shuffle. The batches that the processes get for a step are
+    disjoint and make up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and
+    its augmentation are the same for every number of processes.
 
     Args:
         dataset: the data set.
@@ -132,7 +140,11 @@ def train_batches(
     # Seeds of their own, since those that Grain would derive change with the number of transformations in between.
     shuffle_seed, augment_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
 
-    records = grain.MapDataset.source(dataset.train).shuffle(shuffle_seed)[:epoch_records].repeat(None)
+    if dataset.train_groups is None and dataset.train_slots is None:
+        records = grain.MapDataset.source(dataset.train).shuffle(shuffle_seed)[:epoch_records].repeat(None)
+    else:
+        ordered = _OrderedRecords(dataset.train, dataset.train_groups, dataset.train_slots, batch_size, shuffle_seed)
+        records = grain.MapDataset.range(_ENDLESS).map(ordered)
     # Before the processes part: the generator is seeded by the position in the global order.
     records = records.random_map(dataset.augment, seed=augment_seed)
     records = records[process_index::process_count].map(_arrays)
@@ -242,6 +254,47 @@ def _arrays(example: Record) -> Record:
         for name, value in example.items()
         if not isinstance(value, str)
     }
+
+
+class _OrderedRecords:
+    """The endless order of training records for a data set with groups or slots: a function of a position in it."""
+
+    def __init__(
+        self, source: Source, groups: np.ndarray | None, slots: np.ndarray | None, batch_size: int, seed: int
+    ) -> None:
+        self._source = source
+        self._groups = np.zeros(len(source), np.int64) if groups is None else groups
+        self._slots = slots
+        self._batch_size = batch_size
+        self._seed = seed
+        self._steps = int((np.bincount(self._groups) // batch_size).sum())  # of an epoch
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, position: int) -> Record:
+        epoch, place = divmod(int(position), self._steps * self._batch_size)
+        step, row = divmod(place, self._batch_size)
+        batch = self._batches(epoch)[step]
+        record = self._source[int(batch[row])]
+        return record if self._slots is None else {**record, "slots": int(self._slots[batch].max())}
+
+    def _batches(self, epoch: int) -> np.ndarray:
+        """Of one epoch: (steps, batch) indices of records. Threads may work it out twice, to the same."""
+        if (known := self._epochs.get(epoch)) is not None:
+            return known
+        rng = np.random.default_rng((self._seed, epoch))
+        shuffled = rng.permutation(len(self._source))
+        batches = []
+        for group in np.unique(self._groups):
+            members = shuffled[self._groups[shuffled] == group]
+            steps = len(members) // self._batch_size
+            batches.append(members[: steps * self._batch_size].reshape(steps, self._batch_size))
+        found = rng.permutation(np.concatenate(batches))
+        # The one before may still be in use where the epochs meet.
+        self._epochs = {**{e: b for e, b in self._epochs.items() if e == epoch - 1}, epoch: found}
+        return found
+
+
+_ENDLESS = 2**40  # records; more than any run sees
 
 
 def _evaluation_batch(dataset: Dataset, process_index: int, process_count: int, rows: np.ndarray) -> Batch:

@@ -126,25 +126,27 @@ class _Thing(NamedTuple):
     Attributes:
         shape: positive inside it, of positions in radii from its centre.
         hue: in turns.
-        pattern: a key of `TEXTURES`, in a second colour.
+        pattern: a key of `TEXTURES`, in a second colour; None: plain.
+        periods: of the pattern in a radius.
     """
 
     shape: Callable[[np.ndarray, np.ndarray], np.ndarray]
     hue: Range
     pattern: str | None = None
+    periods: Range = (1, 1)
 
 
 _THINGS = {
     "disc": _Thing(_disc, (0.0, 0.3)),
-    "square": _Thing(_square, (0.3, 0.6)),
-    "triangle": _Thing(_triangle, (0.5, 0.8)),
+    "square": _Thing(_square, (0.35, 0.6)),
+    "triangle": _Thing(_triangle, (0.55, 0.75)),
     "star": _Thing(_star, (0.1, 0.2)),
-    "cross": _Thing(_cross, (0.9, 1.1)),
-    "ring": _Thing(_ring, (0.65, 0.95)),
-    "crescent": _Thing(_crescent, (0.1, 0.25)),
-    "heart": _Thing(_heart, (0.85, 1.05)),
-    "target": _Thing(_disc, (0, 1), "rings"),
-    "dice": _Thing(_square, (0, 1), "dots"),
+    "cross": _Thing(_cross, (0.95, 1.1)),
+    "ring": _Thing(_ring, (0.7, 0.9)),
+    "crescent": _Thing(_crescent, (0.2, 0.35)),
+    "heart": _Thing(_heart, (0.85, 1.0)),
+    "target": _Thing(_disc, (0, 1), "rings", (1.6, 2.2)),
+    "dice": _Thing(_square, (0, 1), "dots", (2.8, 3.6)),
 }
 
 STUFF, THINGS = tuple(_STUFF), tuple(_THINGS)
@@ -256,7 +258,7 @@ def _object(thing: _Thing, rng: Rng, height: int, width: int) -> tuple[np.ndarra
     colours = np.broadcast_to(_colour(hue, rng.uniform(0.4, 1), rng.uniform(0.5, 1)), (height, width, 3))
     if thing.pattern is not None:
         other = _colour(hue + rng.uniform(0.2, 0.8), rng.uniform(0, 1), rng.choice((0.2, 1)))
-        scale = rng.uniform(1.6, 2.2)
+        scale = rng.uniform(*thing.periods)
         figure = TEXTURES[thing.pattern](u * scale, v * scale, rng) > 0
         colours = np.where(figure[..., None], other, colours)
     shade = 1 + rng.uniform(0.1, 0.25) * np.clip(u + v, -1.5, 1.5)

@@ -41,6 +41,7 @@ def _main() -> None:
     from msvmamba_jax.training.parallelism import make_layout
     from msvmamba_jax.training.step import predict_step
 
+    command.keep_compiled_programs()
     config = _CONFIG.value
     folder = find_checkpoint(_CHECKPOINT.value)
     dataset = load_dataset(config.data)

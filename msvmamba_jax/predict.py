@@ -42,6 +42,7 @@ def _main() -> int:
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.inference import inference_function
 
+    command.keep_compiled_programs()
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")

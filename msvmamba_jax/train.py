@@ -34,6 +34,7 @@ def _main() -> int | None:
     from msvmamba_jax.training.processes import join
 
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    command.keep_compiled_programs()
     config = _CONFIG.value
     dataset = load_dataset(config.data)
     stopped_by = train(config, make_task(config, dataset), dataset, Path(_WORKDIR.value))

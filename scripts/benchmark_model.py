@@ -1,10 +1,12 @@
 """Images per second and memory of whole models, and the scan's share of their time, for each scan that runs here.
 
 python scripts/benchmark_model.py --variants msvmamba_nano msvmamba_tiny --output model.json
+python scripts/benchmark_model.py --task segmentation --variants msvmamba_tiny
 
-Inference is the jitted forward pass on normalised images. Training is the whole step of `train`: stochastic depth,
-loss, gradients, AdamW, averaged weights. Both run on one device, on arrays that are there already. Memory is the most
-that was in use at a time, as the device's allocator reports it (a CPU's does not).
+Inference is the jitted prediction for a batch (for segmentation without, for detection with all that comes after the
+network). Training is the whole step of `train`: stochastic depth, loss, gradients, AdamW, and for classification
+averaged weights. Both run on one device, on arrays that are there already. Memory is the most that was in use at a
+time, as the device's allocator reports it (a CPU's does not).
 
 The share of the scan is not taken from a profile. It is the time that every block's scans take when they are run alone
 on inputs of the same shapes (forward for inference; forward with what it keeps, and backward, for training), summed
@@ -32,31 +34,40 @@ import numpy as np
 from flax import nnx
 
 from msvmamba_jax import command
-from msvmamba_jax.checkpoint import Description
-from msvmamba_jax.data.preprocessing import Preprocessing
+from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.kernels.selective_scan import available_implementations, implementations
 from msvmamba_jax.kernels.selective_scan.costs import traffic
 from msvmamba_jax.kernels.selective_scan.measurement import examples, measure, median_seconds, workload
 from msvmamba_jax.kernels.selective_scan.shapes import VARIANTS, model_scans
-from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, flatten, get_parameters, unflatten
-from msvmamba_jax.models.variants import create_model
+from msvmamba_jax.models.detection.inference import detect
+from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, flatten, get_weights, unflatten
+from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
+from msvmamba_jax.tasks.detection import Detection
+from msvmamba_jax.tasks.segmentation import Segmentation
 from msvmamba_jax.training.optimizer import adamw, cosine_schedule
 from msvmamba_jax.training.step import initial_state, train_step
 
+TASKS = {  # images at once, height and width, classes
+    "classification": (128, (224, 224), 1000),
+    "segmentation": (16, (512, 512), 150),
+    "detection": (2, (800, 1344), 80),
+}
 MEASUREMENTS = ("inference_bfloat16", "inference_float32", "training_bfloat16", "training_float32")
-CLASSES = 1000
+OBJECTS = 16  # in each image of a detection batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """What one process is to find out; it travels there as JSON."""
 
+    task: str
     variant: str
     implementation: str
     name: str  # one of MEASUREMENTS
     batch: int
-    image_size: int
+    height: int
+    width: int
     repeats: int
     scan_share: bool
 
@@ -72,25 +83,75 @@ class Measurement:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `create_model`, beside the name."""
+        """For `Description.build`."""
         return {"dtype": self.dtype, "scan_implementation": self.implementation}
+
+    @property
+    def description(self) -> Description:
+        """The model."""
+        classes = TASKS[self.task][2]
+        return Description(
+            model={"name": self.variant, "num_classes": classes},
+            task=self.task,
+            class_names=tuple(map(str, range(classes))),
+            preprocessing=KINDS[self.task].preprocessing(),
+        )
 
 
 def random_parameters(model: nnx.Module) -> Tree:
     """Weights for an abstract model. No time depends on them, and its own initialisation takes long to compile."""
     rng = np.random.default_rng(0)
-    shapes = flatten(get_parameters(model))
-    return unflatten({name: jnp.asarray(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype) for name, leaf in shapes})
+    shapes = flatten(get_weights(model))
+    drawn = {name: jnp.asarray(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype) for name, leaf in shapes}
+    return unflatten({name: jnp.abs(x) if name.endswith(".var") else x for name, x in drawn.items()})
+
+
+def make_task(description: Description) -> Task:
+    """The task, without what only evaluation needs."""
+    if description.task == "classification":
+        return Classification(description=description, label_smoothing=0.1)
+    if description.task == "segmentation":
+        return Segmentation(description=description)
+    return Detection(description=description, new_evaluator=lambda: None)
+
+
+def make_batch(wanted: Measurement) -> dict[str, np.ndarray]:
+    """A training batch, as the data pipeline gives it."""
+    rng = np.random.default_rng(0)
+    b, h, w, classes = wanted.batch, wanted.height, wanted.width, TASKS[wanted.task][2]
+    images = rng.integers(0, 256, (b, h, w, 3), dtype=np.uint8)
+    extent = np.tile(np.array([h, w], np.int32), (b, 1))
+    if wanted.task == "classification":
+        return {"image": images, "label": rng.integers(0, classes, b, dtype=np.int32)}
+    if wanted.task == "segmentation":
+        return {"image": images, "labels": rng.integers(0, classes, (b, h, w), dtype=np.uint8), "extent": extent}
+    corner = rng.uniform(0, 0.6, (b, OBJECTS, 2)) * (w, h)
+    sides = rng.uniform(0.02, 0.4, (b, OBJECTS, 2)) * (w, h)
+    return {
+        "image": images,
+        "extent": extent,
+        "boxes": np.concatenate([corner, corner + sides], axis=-1).astype(np.float32),
+        "labels": rng.integers(0, classes, (b, OBJECTS), dtype=np.int32),
+        "valid": np.ones((b, OBJECTS), bool),
+        "masks": rng.integers(0, 256, (b, OBJECTS, h, -(-w // 8)), dtype=np.uint8),
+    }
 
 
 def inference(wanted: Measurement) -> Callable[[], Any]:
     """A function without arguments that starts one forward pass."""
-    model = abstract_model(lambda: create_model(wanted.variant, num_classes=CLASSES, rngs=SHAPE_KEYS, **wanted.options))
-    parameters = random_parameters(model)
-    shape = (wanted.batch, wanted.image_size, wanted.image_size, 3)
-    images = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    forward = jax.jit(lambda parameters, images: bind(model, parameters)(images))
-    return lambda: forward(parameters, images)
+    model = abstract_model(lambda: wanted.description.build(rngs=SHAPE_KEYS, **wanted.options))
+    weights = random_parameters(model)
+    images = jax.random.normal(jax.random.key(0), (wanted.batch, wanted.height, wanted.width, 3), jnp.float32)
+    extent = jnp.tile(jnp.array([wanted.height, wanted.width], jnp.int32), (wanted.batch, 1))
+
+    def forward(weights: Tree, images: jax.Array) -> Any:
+        bound = bind(model, weights)
+        if wanted.task == "detection":
+            return detect(bound, images, extent, jnp.ones((wanted.batch, 2)))
+        return bound(images)
+
+    compiled = jax.jit(forward)
+    return lambda: compiled(weights, images)
 
 
 def training(wanted: Measurement) -> Callable[[], Any]:
@@ -98,27 +159,16 @@ def training(wanted: Measurement) -> Callable[[], Any]:
 
     The recipe is the ImageNet one of the original's authors, of which only the kind of work matters here.
     """
-    description = Description(
-        model={"name": wanted.variant, "num_classes": CLASSES},
-        class_names=tuple(map(str, range(CLASSES))),
-        preprocessing=Preprocessing(),
-    )
-    task = Classification(description=description, label_smoothing=0.1)
+    description = wanted.description
+    task, ema = make_task(description), wanted.task == "classification"
     schedule = cosine_schedule(peak=1e-3, warmup_start=1e-6, minimum=1e-5, warmup_steps=100, total_steps=10_000)
     optimizer = adamw(schedule, weight_decay=0.05, clip_norm=5.0)
     model = abstract_model(lambda: description.build(rngs=SHAPE_KEYS, **wanted.options))
     step = jax.jit(
         train_step(model, task, optimizer, schedule, seed=0, ema_decay=0.9999, accumulate=1), donate_argnums=0
     )
-    state = jax.jit(lambda parameters: initial_state(bind(model, parameters), optimizer))(random_parameters(model))
-    rng = np.random.default_rng(0)
-    shape = (wanted.batch, wanted.image_size, wanted.image_size, 3)
-    batch = jax.device_put(
-        {
-            "image": rng.integers(0, 256, shape, dtype=np.uint8),
-            "label": rng.integers(0, CLASSES, wanted.batch, dtype=np.int32),
-        }
-    )
+    state = jax.jit(lambda weights: initial_state(bind(model, weights), optimizer, ema=ema))(random_parameters(model))
+    batch = jax.device_put(make_batch(wanted))
 
     def execute() -> Any:
         nonlocal state
@@ -131,7 +181,7 @@ def training(wanted: Measurement) -> Callable[[], Any]:
 def scan_seconds(wanted: Measurement) -> float:
     """Seconds that the scans of all blocks take, each run alone."""
     total = 0.0
-    for shape, blocks in model_scans(wanted.variant, wanted.batch, wanted.image_size, wanted.image_size):
+    for shape, blocks in model_scans(wanted.variant, wanted.batch, wanted.height, wanted.width):
         sets = examples(shape, wanted.dtype, traffic(shape, wanted.dtype, "forward"))
         for direction in ("saving", "backward") if wanted.training else ("forward",):
             found = measure(*workload(direction, shape, wanted.implementation, sets), wanted.repeats)
@@ -211,8 +261,12 @@ def _parser() -> argparse.ArgumentParser:
         **several,
     )
     parser.add_argument("--implementations", choices=implementations(), help="default: all that run here", **several)
-    parser.add_argument("--batch", type=int, default=128, help="images at once (default: 128)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels, both ways (default: 224)")
+    parser.add_argument("--task", choices=TASKS, default="classification", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="images at once (default: 128, 16 or 2, by the task)")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", metavar="PIXELS",
+        help="both ways, or height and width (default: 224, 512, or 800 1344, by the task)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default: 5)")
     parser.add_argument("--no-scan-share", action="store_true", help="leave out the scans by themselves")
     parser.add_argument("--quick", action="store_true", help="small images, two at once, timed once")
@@ -230,8 +284,11 @@ def main() -> int:
         print(json.dumps(run_measurement(Measurement(**task)) if task else describe()))
         return 0
     if arguments.quick:
-        arguments.batch, arguments.image_size, arguments.repeats = 2, 32, 1
-    if min(arguments.batch, arguments.repeats) < 1 or arguments.image_size < 4:
+        arguments.batch, arguments.image_size, arguments.repeats = 2, [32], 1
+    batch, image_size, _ = TASKS[arguments.task]
+    arguments.batch = batch if arguments.batch is None else arguments.batch
+    height, width = image_size if arguments.image_size is None else (arguments.image_size * 2)[:2]
+    if min(arguments.batch, arguments.repeats) < 1 or min(height, width) < 4:
         parser.error("--batch and --repeats must be at least 1, --image-size at least 4")
     machine = in_own_process(None)
     if "failed" in machine:
@@ -250,18 +307,22 @@ def main() -> int:
         "finished": False,
         "rows": [],
     }
-    size = arguments.image_size
-    print(f"{machine['device']}, jax {machine['jax']}, batch {arguments.batch}, {size} x {size} pixels")
+    print(
+        f"{machine['device']}, jax {machine['jax']}, {arguments.task}, batch {arguments.batch}, "
+        f"{height} x {width} pixels"
+    )
     print(HEADER, flush=True)
     for variant in arguments.variants:
         for implementation in arguments.implementations or here:
             for name in arguments.measurements:
                 wanted = Measurement(
+                    task=arguments.task,
                     variant=variant,
                     implementation=implementation,
                     name=name,
                     batch=arguments.batch,
-                    image_size=size,
+                    height=height,
+                    width=width,
                     repeats=arguments.repeats,
                     scan_share=not arguments.no_scan_share,
                 )

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from msvmamba_jax.models.backbone import BackboneConfig
+from msvmamba_jax.models.detection.anchors import PER_POSITION
+from msvmamba_jax.models.detection.heads import BOX_BINS, MASK_BINS, MASK_LAYERS
 from msvmamba_jax.models.layers import PatchEmbedding
 from msvmamba_jax.models.mixers import CROSS_ROUTES, FULL_ROUTES, HALF_ROUTES, SqueezeExcitation, delta_rank
 from msvmamba_jax.models.upernet import BINS
@@ -74,6 +76,41 @@ def segmenter_flops(config: BackboneConfig, num_classes: int, height: int, width
     return total + conv(channels, num_classes, 1, positions[0])
 
 
+def detector_flops(
+    config: BackboneConfig,
+    num_classes: int,
+    height: int,
+    width: int,
+    *,
+    channels: int = 256,
+    hidden: int = 1024,
+    proposals: int = 1000,
+    detections: int = 100,
+) -> Flops:
+    """Of `Detector` on one image of height x width pixels, with that many proposals, and masks of that many detections.
+
+    RoIAlign and suppression do not count.
+    """
+    sizes = stage_sizes(height, width)
+    positions = [h * w for h, w in sizes]
+    total = backbone_flops(config, height, width) + out_norms_flops(config, height, width)
+
+    for features, count in zip(config.widths, positions, strict=True):
+        total += conv(features, channels, 1, count) + conv(channels, channels, 3, count)
+    total += upsample_nearest(sum(positions[:-1]) * channels)
+
+    anchored = sum(positions) + _half(sizes[-1][0]) * _half(sizes[-1][1])
+    total += conv(channels, channels, 3, anchored) + conv(channels, PER_POSITION * (1 + 4), 1, anchored)
+
+    total += linear(proposals, BOX_BINS**2 * channels, hidden) + linear(proposals, hidden, hidden)
+    total += linear(proposals, hidden, num_classes + 1) + linear(proposals, hidden, 4 * num_classes)
+
+    cells = detections * MASK_BINS**2
+    for _ in range(MASK_LAYERS):
+        total += conv(channels, channels, 3, cells)
+    return total + conv(channels, channels, 2, cells) + conv(channels, num_classes, 1, 4 * cells)
+
+
 def out_norms_flops(config: BackboneConfig, height: int, width: int) -> Flops:
     """Of the norms that dense tasks put behind the stages."""
     elements = [h * w * c for (h, w), c in zip(stage_sizes(height, width), config.widths, strict=True)]
@@ -131,6 +168,11 @@ def adaptive_avg_pool(elements: int) -> Flops:
 def upsample_bilinear(elements: int) -> Flops:
     """A bilinear enlargement to that many numbers."""
     return Flops({"upsample": 4 * elements})
+
+
+def upsample_nearest(elements: int) -> Flops:
+    """An enlargement by nearest neighbours to that many numbers."""
+    return Flops({"upsample_nearest": elements})
 
 
 def _conv_unit(inputs: int, outputs: int, size: int, positions: int) -> Flops:

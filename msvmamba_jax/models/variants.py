@@ -1,4 +1,4 @@
-"""The table of variants, `create_model` and `create_segmenter`."""
+"""The table of variants, `create_model`, `create_segmenter` and `create_detector`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from msvmamba_jax.errors import InputError
 from msvmamba_jax.kernels.selective_scan import requested_implementation
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
+from msvmamba_jax.models.detector import Detector
 from msvmamba_jax.models.segmenter import Segmenter
 
 
@@ -160,6 +161,49 @@ def create_segmenter(
         **_how(dtype, remat, scan_implementation),
         rngs=rngs,
     )
+
+
+def create_detector(
+    name: str,
+    *,
+    num_classes: int = 80,
+    channels: int = 256,
+    hidden: int = 1024,
+    width: int | None = None,
+    depths: Sequence[int] | None = None,
+    states: int | None = None,
+    drop_path: float | None = None,
+    dtype: DTypeLike | Literal["float32", "bfloat16"] = jnp.float32,
+    remat: bool = False,
+    scan_implementation: str | None = None,
+    rngs: nnx.Rngs,
+) -> Detector:
+    """Builds a detector, Mask R-CNN, with freshly initialised parameters.
+
+    Args:
+        name: the variant of the backbone, see `list_models`.
+        num_classes: classes of objects, without the background.
+        channels: width of the feature pyramid, of the region proposal network and of the mask head.
+        hidden: width of the box head.
+        width: see `create_model`.
+        depths: see `create_model`.
+        states: see `create_model`.
+        drop_path: highest rate of stochastic depth, instead of the variant's ImageNet recipe, which COCO shares. It
+            acts only where keys are passed to the model.
+        dtype: see `create_model`.
+        remat: see `create_model`.
+        scan_implementation: see `create_model`.
+        rngs: keys, such as `nnx.Rngs(0)`.
+
+    Returns:
+        A Flax NNX module for `models.detection.inference.detect`; `model.pyramid(images)` gives five maps.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
+    how = _how(dtype, remat, scan_implementation)
+    return Detector(config, num_classes=num_classes, channels=channels, hidden=hidden, **how, rngs=rngs)
 
 
 def _how(dtype: DTypeLike, remat: bool, scan_implementation: str | None) -> dict[str, Any]:

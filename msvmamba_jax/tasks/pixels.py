@@ -21,6 +21,18 @@ def normalise(images: jax.Array, preprocessing: Preprocessing | SegmentationPrep
     return (scaled - jnp.asarray(preprocessing.mean)) / jnp.asarray(preprocessing.std)
 
 
+def zero_beyond(images: jax.Array, extent: jax.Array) -> jax.Array:
+    """Zeroes the padding of normalised images.
+
+    Args:
+        images: (b, h, w, 3), each with its pixels at the top left.
+        extent: (b, 2), the rows and columns that they fill.
+    """
+    rows = jax.lax.broadcasted_iota(jnp.int32, images.shape[:3], 1) < extent[:, :1, None]
+    columns = jax.lax.broadcasted_iota(jnp.int32, images.shape[:3], 2) < extent[:, 1:, None]
+    return jnp.where((rows & columns)[..., None], images, 0)
+
+
 def resize_and_crop(images: jax.Array, preprocessing: Preprocessing) -> jax.Array:
     """`Preprocessing.crop` on a batch of arrays: the short side to `resize`, then the centre of `size` x `size`.
 

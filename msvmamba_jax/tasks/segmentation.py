@@ -16,7 +16,7 @@ from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.models.resize import resize_bilinear, resize_bilinear_twice
 from msvmamba_jax.pictures_segmentation import segmentation_sheet
 from msvmamba_jax.tasks.base import Batch, Mirror
-from msvmamba_jax.tasks.pixels import normalise
+from msvmamba_jax.tasks.pixels import normalise, zero_beyond
 from msvmamba_jax.tasks.segmentation_metrics import SegmentationEvaluator, confusion
 
 IGNORED = 255  # the label of pixels that nobody is asked about
@@ -44,9 +44,7 @@ class Segmentation:
             `image` float32 (b, h, w, 3), normalised, and 0 in the rows and columns beyond `extent`; `labels`.
         """
         images = normalise(batch["image"], self.description.preprocessing)
-        rows = jax.lax.broadcasted_iota(jnp.int32, images.shape[:3], 1) < batch["extent"][:, :1, None]
-        columns = jax.lax.broadcasted_iota(jnp.int32, images.shape[:3], 2) < batch["extent"][:, 1:, None]
-        return {"image": jnp.where((rows & columns)[..., None], images, 0), "labels": batch["labels"]}
+        return {"image": zero_beyond(images, batch["extent"]), "labels": batch["labels"]}
 
     def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `Task`: the loss of the head, and `AUXILIARY_WEIGHT` times that of the auxiliary head."""

@@ -148,6 +148,51 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(step: int) -> None:
     assert_same(whole[8:], take(dataset, 8, seed=1, start_step=8))
 
 
+def grouped(augment: Any = None) -> Dataset:
+    """37 records in three groups, of 19, 12 and 6, and a number of slots for each."""
+    groups = np.array([0, 1, 0, 2, 0, 1] * 6 + [0])
+    slots = np.array([8, 8, 8, 16, 8, 8, 8] * 5 + [32, 8])
+    return dataclasses.replace(numbers(train=37, augment=augment), train_groups=groups, train_slots=slots)
+
+
+def keep_slots(record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**record, "image": rng.integers(0, 256, (4, 4, 3), np.uint8)}
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_batches_of_groups(process_count: int) -> None:
+    dataset = grouped(keep_slots)
+    assert pipeline.train_steps_per_epoch(dataset, batch_size=4) == 4 + 3 + 1
+    shards = [
+        take(dataset, 24, batch_size=4, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    orders = []
+    for epoch in range(3):
+        seen = []
+        for step in range(8 * epoch, 8 * epoch + 8):
+            rows = np.concatenate([shard[step]["label"] for shard in shards])
+            assert len(set(dataset.train_groups[rows])) == 1
+            slots = {int(x) for shard in shards for x in shard[step]["slots"]}
+            assert slots == {int(dataset.train_slots[rows].max())}
+            seen += rows.tolist()
+        assert len(set(seen)) == 32
+        assert np.bincount(dataset.train_groups[seen]).tolist() == [16, 12, 4]
+        orders.append(seen)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_groups_are_the_same_after_a_restart(workers: int) -> None:
+    whole = take(grouped(keep_slots), 20, batch_size=4)
+    assert_same(whole[7:], take(grouped(keep_slots), 13, batch_size=4, start_step=7, workers=workers))
+
+
+def test_groups_too_small_for_a_batch() -> None:
+    with pytest.raises(InputError, match="at most 19 of one shape"):
+        pipeline.train_steps_per_epoch(grouped(), batch_size=20)
+
+
 def test_seed_decides_order_and_augmentation() -> None:
     dataset = numbers(augment=add_noise)
     first, again, other = (take(dataset, 4, seed=seed) for seed in (0, 0, 1))

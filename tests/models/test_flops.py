@@ -8,15 +8,20 @@ from msvmamba_jax.models.flops import (
     Flops,
     backbone_flops,
     classifier_flops,
+    detector_flops,
     linear,
     out_norms_flops,
     segmenter_flops,
     stage_sizes,
 )
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, get_parameters
-from msvmamba_jax.models.variants import VARIANTS, backbone_config, create_segmenter
+from msvmamba_jax.models.variants import VARIANTS, backbone_config, create_detector, create_segmenter
 
-OUR_NAME = {"PythonOp.SelectiveScan": "scan", "upsample_bilinear2d": "upsample"}
+OUR_NAME = {
+    "PythonOp.SelectiveScan": "scan",
+    "upsample_bilinear2d": "upsample",
+    "upsample_nearest2d": "upsample_nearest",
+}
 TASK_SIZES = {"segmentation": (512, 2048), "detection": (1280, 800)}
 variants = pytest.mark.parametrize("variant", ["nano", "micro", "tiny"])
 
@@ -44,6 +49,21 @@ def test_segmenter(counts, variant):
     assert flops.total == reference["flops"]
     assert flops.total_with_exact_einsum == reference["flops_with_exact_einsum"]
     model = abstract_model(lambda: create_segmenter(f"msvmamba_{variant}", rngs=SHAPE_KEYS))
+    assert count(get_parameters(model)) == reference["params"]
+
+
+@variants
+def test_detector(counts, variant):
+    reference = counts["detection"][variant]
+    config = VARIANTS[f"msvmamba_{variant}"].backbone
+    flops = detector_flops(config, 80, *TASK_SIZES["detection"])
+    assert flops.by_operator == {OUR_NAME.get(name, name): n for name, n in reference["by_operator"].items()}
+    assert flops.total == reference["flops"]
+    assert flops.total_with_exact_einsum == reference["flops_with_exact_einsum"]
+    if "flops_with_100_proposals" in reference:
+        fewer = detector_flops(config, 80, *TASK_SIZES["detection"], proposals=100)
+        assert fewer.total == reference["flops_with_100_proposals"]
+    model = abstract_model(lambda: create_detector(f"msvmamba_{variant}", rngs=SHAPE_KEYS))
     assert count(get_parameters(model)) == reference["params"]
 
 

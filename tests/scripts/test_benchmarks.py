@@ -267,13 +267,16 @@ class TestBenchmarkModel:
         assert "'triton' cannot run here: no" in capsys.readouterr().err
 
     def test_a_process_that_fails(self):
-        wanted = benchmark_model.Measurement("msvmamba_none", "xla", "inference_float32", 1, 32, 1, False)
+        wanted = benchmark_model.Measurement(
+            "classification", "msvmamba_none", "xla", "inference_float32", 1, 32, 32, 1, False
+        )
         assert "there is no model 'msvmamba_none'" in benchmark_model.in_own_process(wanted)["failed"]
 
     @pytest.mark.slow
-    def test_quick(self, run):
+    @pytest.mark.parametrize("task", ["classification", "segmentation"])
+    def test_quick(self, run, task):
         status, report = run(
-            benchmark_model, "--quick", "--variants", "msvmamba_nano", "--implementations", "xla",
+            benchmark_model, "--quick", "--variants", "msvmamba_nano", "--implementations", "xla", "--task", task,
             "--measurements", "inference_float32", "training_float32",
         )  # fmt: skip
         assert status == 0

@@ -1,0 +1,91 @@
+"""Object detection and instance segmentation with Mask R-CNN; COCO's average precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.models.detection.inference import detect
+from msvmamba_jax.models.detection.masks import paste_masks
+from msvmamba_jax.pictures_detection import detection_sheet
+from msvmamba_jax.tasks.base import Batch, Mirror
+from msvmamba_jax.tasks.detection_losses import Truth, detection_loss
+from msvmamba_jax.tasks.detection_metrics import DetectionEvaluator
+from msvmamba_jax.tasks.pixels import normalise, zero_beyond
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detection:
+    """The detection task; see `Task`.
+
+    Attributes:
+        description: the model and its classes.
+        new_evaluator: makes an empty evaluator for the split.
+    """
+
+    description: Description
+    new_evaluator: Callable[[], DetectionEvaluator]
+    score: str = "bbox_mAP"
+
+    def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
+        """See `Task`.
+
+        Args:
+            batch: `image` uint8 (b, h, w, 3) and `extent` int32 (b, 2), the rows and columns that an image fills;
+                `boxes` float32 (b, g, 4), `labels` int32 (b, g), `valid` bool (b, g) and `masks` uint8
+                (b, g, h, ceil(w / 8)), see `Truth`.
+            keys: not used.
+            batch_key: not used.
+            mirror: not used.
+
+        Returns:
+            The same; `image` is float32, normalised, and 0 beyond `extent`.
+        """
+        return {**batch, "image": self._normalised(batch)}
+
+    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Task`: the sum of the losses of the RPN and of the two heads."""
+        truth = Truth(batch["boxes"], batch["labels"], batch["valid"], batch["masks"], batch["extent"])
+        loss, metrics = detection_loss(model, batch["image"], truth, keys)
+        return loss, dict(metrics)
+
+    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """See `Task`.
+
+        Args:
+            model: the model.
+            batch: `image` and `extent` as for `prepare`; `scale` float32 (b, 2), by how much width and height were
+                resized; `index` int32 (b,), the image's place in the split.
+
+        Returns:
+            `index`, and the fields of `Predictions`, boxes in pixels of the images before they were resized.
+        """
+        found = detect(model, self._normalised(batch), batch["extent"], batch["scale"])
+        return {"index": batch["index"], **found._asdict()}
+
+    def _normalised(self, batch: Batch) -> jax.Array:
+        return zero_beyond(normalise(batch["image"], self.description.preprocessing), batch["extent"])
+
+    def evaluator(self) -> DetectionEvaluator:
+        """See `Task`."""
+        return self.new_evaluator()
+
+    def draw(self, examples: Sequence[tuple[Batch, Batch]]) -> Image.Image:
+        """See `Task`: what was found in each image."""
+        return detection_sheet([_drawn(*example) for example in examples], self.description.class_names)
+
+
+def _drawn(batch: Batch, found: Batch) -> tuple[np.ndarray, ...]:
+    """An image without its padding, with boxes, masks, labels and scores in its pixels."""
+    rows, columns = (int(side) for side in batch["extent"])
+    valid = np.asarray(found["valid"])
+    boxes = np.asarray(found["box"])[valid] * np.tile(batch["scale"], 2)
+    masks = paste_masks(np.asarray(found["mask"])[valid], boxes, rows, columns)
+    image = np.asarray(batch["image"])[:rows, :columns]
+    return image, boxes, masks, np.asarray(found["label"])[valid], np.asarray(found["score"])[valid]
