@@ -79,7 +79,7 @@ class SegmentationPreprocessing:
         Raises:
             InputError: the array is not a uint8 RGB image, or OpenCV is not installed.
         """
-        _check_image(image)
+        check_image(image)
         return resize_image(image, *self.prepared_size(*image.shape[:2]))
 
 
@@ -96,7 +96,7 @@ def prepare_tta(image: np.ndarray, ratios: Sequence[float] = TTA_RATIOS) -> list
     Raises:
         InputError: the array is not a uint8 RGB image, or OpenCV is not installed.
     """
-    _check_image(image)
+    check_image(image)
     height, width = image.shape[:2]
     return [resize_image(image, *rescale_size_by_ratio(height, width, ratio)) for ratio in ratios]
 
@@ -119,7 +119,12 @@ def checked_scale(owner: str, values: Any) -> tuple[int, int]:
     return long, short
 
 
-def _check_image(image: np.ndarray) -> None:
+def check_image(image: np.ndarray) -> None:
+    """Checks that an array is an image, uint8 (height, width, 3).
+
+    Raises:
+        InputError: it is none.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
             f"An image must be a uint8 array of shape (height, width, 3), not {image.dtype} of shape {image.shape}."

@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import json
 from collections.abc import Sequence
 from typing import IO, Any
 
+import numpy as np
+
+from msvmamba_jax.data.coco import CocoRecords, coco_records
+from msvmamba_jax.data.coco_index import CocoIndex
 from msvmamba_jax.data.labels import readable_class_names
 from msvmamba_jax.data.segmentation import SegmentationRecords, labels_file
 from msvmamba_jax.errors import InputError
 
 SEGMENTATION = "ade20k_segmentation"  # what `tfds_ade20k` prepares
+DETECTION = "coco_instances"  # what `tfds_coco` prepares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +64,33 @@ class PreparedSegmentation:
     def image(self, index: int) -> IO[bytes]:
         """See `segmentation.EncodedSegmentation`."""
         return io.BytesIO(self.records[index]["image"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedCoco:
+    """One split; a `coco.AnnotatedImages`.
+
+    Attributes:
+        records: the split, with images that are still encoded.
+        image_ids: of the records, int64 (n,).
+    """
+
+    records: Any
+    image_ids: np.ndarray
+
+    def encoded(self, index: int) -> tuple[bytes, list[dict[str, Any]], str]:
+        """See `coco.AnnotatedImages`."""
+        record = self.records[index]
+        if record["image_id"] != self.image_ids[index]:
+            raise InputError(
+                f"Record {index} holds image {record['image_id']}, not {self.image_ids[index]} as the metadata say: "
+                "prepare the data set again."
+            )
+        return record["image"], json.loads(record["annotations"]), record["file_name"].decode()
+
+    def annotations(self, index: int) -> list[dict[str, Any]]:
+        """See `coco.AnnotatedImages`."""
+        return self.encoded(index)[1]
 
 
 def load_prepared(
@@ -136,6 +169,56 @@ def load_prepared_segmentation(
         for wanted, training in ((train_split, True), (evaluation_split, False))
     )
     return train, evaluation, names
+
+
+def load_prepared_coco(
+    *,
+    data_dir: str | None,
+    name: str = DETECTION,
+    train_split: str = "train",
+    evaluation_split: str = "validation",
+) -> tuple[CocoRecords, CocoRecords, tuple[str, ...]]:
+    """Opens COCO, or another data set of its form, as `tfds_coco` prepares it.
+
+    Args:
+        data_dir: where it was prepared; None: where TensorFlow Datasets looks by itself.
+        name: of the data set.
+        train_split: name of the training split; no slice.
+        evaluation_split: name of the evaluation split.
+
+    Returns:
+        The training split, the evaluation split, and the name of every label, as `coco.load_coco` does.
+
+    Raises:
+        InputError: TensorFlow Datasets is not installed, the data set is not prepared, is another one, or has no such
+            split, or a split is empty.
+    """
+    _import_tfds()
+    importlib.import_module("msvmamba_jax.data.tfds_coco")  # so that the name is known
+    prepare = f"run 'python scripts/prepare_coco.py SOURCE {data_dir or 'DATA_DIR'}' once"
+    builder, _ = _open(name, data_dir, prepare)
+    known = dict(builder.info.metadata or {})
+    if "splits" not in known or "categories" not in known:
+        raise InputError(f"The data set {name} holds no masks, or is not as this package prepares it: {prepare}.")
+    categories = tuple((category["id"], category["name"]) for category in known["categories"])
+    parts = []
+    for wanted, training in ((train_split, True), (evaluation_split, False)):
+        if wanted not in known["splits"]:
+            listed = ", ".join(map(repr, sorted(known["splits"])))
+            raise InputError(f"The data set {name} has no split {wanted!r} (slices are none); it has {listed}.")
+        records = _split(builder, name, wanted, ("image",), prepare)
+        columns = known["splits"][wanted]
+        index = CocoIndex(
+            name=f"{name} {wanted}",
+            categories=categories,
+            image_ids=np.array(columns["image_ids"], np.int64),
+            sizes=np.array(columns["sizes"], np.int32).reshape(-1, 2),
+            counts=np.array(columns["counts"], np.int32),
+        )
+        files = PreparedCoco(records, index.image_ids)
+        parts.append(coco_records(index, files, training=training, annotations_file=None))
+    train, evaluation = parts
+    return train, evaluation, train.class_names
 
 
 def _import_tfds() -> Any:
