@@ -226,7 +226,7 @@ def draw_thing(
     colours = np.broadcast_to(_colour(hue, rng.uniform(0.4, 1), rng.uniform(0.5, 1)), (height, width, 3))
     if thing.pattern is not None:
         other = _colour(hue + rng.uniform(0.2, 0.8), rng.uniform(0, 1), rng.choice((0.2, 1)))
-        scale = rng.uniform(1.6, 2.2)
+        scale = rng.uniform(*thing.periods)
         figure = TEXTURES[thing.pattern](u * scale, v * scale, rng) > 0
         colours = np.where(figure[..., None], other, colours)
     shade = 1 + rng.uniform(0.1, 0.25) * np.clip(u + v, -1.5, 1.5)
