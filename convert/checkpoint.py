@@ -14,7 +14,7 @@ from msvmamba_jax.checkpoint import KINDS, Description, Weights, check_output, s
 from msvmamba_jax.convert.names import current_name, has_counterpart, to_original, to_ours
 from msvmamba_jax.convert.torch_file import StateFile, read_state_file
 from msvmamba_jax.data.ade20k import ade20k_class_names
-from msvmamba_jax.data.labels import imagenet_class_names, placeholder_class_names
+from msvmamba_jax.data.labels import coco_class_names, imagenet_class_names, placeholder_class_names
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import STAGES
 from msvmamba_jax.models.parameters import (
@@ -46,12 +46,18 @@ _HEAD_OPTIONS: dict[str, dict[str, tuple[str, int]]] = {
         "channels": ("decode_head.conv_seg.weight", 1),
         "auxiliary_channels": ("auxiliary_head.conv_seg.weight", 1),
     },
+    "detection": {
+        "num_classes": ("roi_head.mask_head.conv_logits.weight", 0),
+        "channels": ("roi_head.mask_head.conv_logits.weight", 1),
+        "hidden": ("roi_head.bbox_head.fc_cls.weight", 1),
+    },
 }
 
 # The classes of the released models, by task and number.
 _CLASS_NAMES: dict[tuple[str, int], Callable[[], tuple[str, ...]]] = {
     ("classification", 1000): imagenet_class_names,
     ("segmentation", 150): ade20k_class_names,
+    ("detection", 80): coco_class_names,
 }
 
 
@@ -164,8 +170,6 @@ def _listed(items: Sequence[str]) -> str:
 def _recognise(state: Mapping[str, np.ndarray]) -> tuple[str, dict[str, Any], str]:
     """The task, the arguments that create its model, and the mixer that names and shapes of a state dict stand for."""
     task = next((_MARKS[mark] for mark in _MARKS if any(name.startswith(mark) for name in state)), "classification")
-    if task not in _HEAD_OPTIONS:
-        raise InputError(f"it is a {task} model, which cannot be converted so far")
     prefix = "" if task == "classification" else "backbone."
     stem = state.get(f"{prefix}patch_embed.0.weight")
     scans = [state[name] for name in state if name.endswith(".op.A_logs")]

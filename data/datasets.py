@@ -6,8 +6,25 @@ import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from msvmamba_jax.data import digits, folder, segmentation, tfds
+import numpy as np
+
+from msvmamba_jax.data import coco, digits, folder, segmentation, tfds
 from msvmamba_jax.data.augment import Augmentation
+from msvmamba_jax.data.coco import CocoRecords
+from msvmamba_jax.data.detection_augment import (
+    MULTI_SCALES,
+    CropOption,
+    DetectionAugmentation,
+    aspect_groups,
+    slots,
+)
+from msvmamba_jax.data.detection_preprocessing import (
+    SCALE,
+    DetectionPreprocessing,
+    checked_bucket,
+    detection_example,
+    detection_shapes,
+)
 from msvmamba_jax.data.encoded import DecodedImages, EncodedImages
 from msvmamba_jax.data.pipeline import Dataset, Record
 from msvmamba_jax.data.preprocessing import Preprocessing
@@ -42,6 +59,14 @@ def load_dataset(config: Mapping[str, Any]) -> Dataset:
             - "segmentation_tfds": ADE20K as `scripts/prepare_ade20k.py` prepares it: ``data_dir``, and where they
               differ from the defaults ``name``, ``train_split`` and ``evaluation_split`` of
               `tfds.load_prepared_segmentation`; and the same options from ``scale`` on.
+
+            - "coco": ``root``, the folder with images and annotations, and where they differ from COCO 2017's the other
+              arguments of `coco.load_coco`; ``scale`` of `DetectionPreprocessing`; ``multi_scale`` (false), whether to
+              train on images of `MULTI_SCALES`, some after a `CropOption`; ``flip`` (0.5); and ``bucket`` (0), see
+              `detection_example`.
+            - "coco_tfds": COCO as `scripts/prepare_coco.py` prepares it: ``data_dir``, and where they differ from the
+              defaults ``name``, ``train_split`` and ``evaluation_split`` of `tfds.load_prepared_coco`; and the same
+              options from ``scale`` on.
 
     Raises:
         InputError: the source or an option is unknown, or the data cannot be read.
@@ -122,6 +147,49 @@ def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str
     if unknown := [name for name in options if name not in known]:
         listed = f"; it has {', '.join(known)}" if known else ""
         raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
+
+
+def _coco(options: Mapping[str, Any]) -> Dataset:
+    files = ("train_images", "train_annotations", "evaluation_images", "evaluation_annotations")
+    _reject_unknown("coco", options, ("root", *files, *_DETECTION_OPTIONS))
+    parts = coco.load_coco(options.get("root"), **{name: options[name] for name in files if options.get(name)})
+    return _detection_dataset(*parts, options)
+
+
+def _coco_tfds(options: Mapping[str, Any]) -> Dataset:
+    names = ("name", "train_split", "evaluation_split")
+    _reject_unknown("coco_tfds", options, ("data_dir", *names, *_DETECTION_OPTIONS))
+    given = {name: options[name] for name in names if options.get(name)}
+    parts = tfds.load_prepared_coco(data_dir=options.get("data_dir") or None, **given)
+    return _detection_dataset(*parts, options)
+
+
+_DETECTION_OPTIONS = ("scale", "multi_scale", "flip", "bucket")
+
+
+def _detection_dataset(
+    train: CocoRecords, evaluation: CocoRecords, class_names: tuple[str, ...], options: Mapping[str, Any]
+) -> Dataset:
+    preprocessing = DetectionPreprocessing(**{"scale": options["scale"]} if "scale" in options else {})
+    flip = {"flip": options["flip"]} if "flip" in options else {}
+    if options.get("multi_scale", False):
+        if preprocessing.scale != SCALE:
+            raise InputError(f"config.data.multi_scale has sizes of its own and needs config.data.scale={SCALE}.")
+        augment = DetectionAugmentation(scales=MULTI_SCALES, crop=CropOption(), **flip)
+    else:
+        augment = DetectionAugmentation(scales=(preprocessing.scale,), **flip)
+    bucket = checked_bucket(options.get("bucket", 0), preprocessing.divisor)
+    return Dataset(
+        train=train,
+        evaluation=evaluation,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        augment=augment,
+        prepare=functools.partial(detection_example, preprocessing, bucket),
+        evaluation_shapes=functools.partial(detection_shapes, preprocessing, bucket, evaluation.sizes),
+        train_groups=aspect_groups(train.sizes),
+        train_slots=np.array([slots(count) for count in train.counts.tolist()]),
+    )
 
 
 _SEGMENTATION_OPTIONS = ("scale", "crop", "factor", "max_class_part", "flip", "distort", "tta", "bucket")
@@ -218,4 +286,6 @@ _LOADERS: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "segmentation_folder": _segmentation_folder,
     "segmentation_tfds": _segmentation_tfds,
     "tfds": _tfds,
+    "coco": _coco,
+    "coco_tfds": _coco_tfds,
 }

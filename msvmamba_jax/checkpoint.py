@@ -23,13 +23,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from msvmamba_jax.data.detection_preprocessing import DetectionPreprocessing
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import BackboneConfig
-from msvmamba_jax.models.flops import Flops, classifier_flops, segmenter_flops
+from msvmamba_jax.models.flops import Flops, classifier_flops, detector_flops, segmenter_flops
 from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, merge
-from msvmamba_jax.models.variants import backbone_config, create_model, create_segmenter
+from msvmamba_jax.models.variants import backbone_config, create_detector, create_model, create_segmenter
 
 FORMAT = 1
 BACKBONE_OPTIONS = ("width", "depths", "states", "drop_path")  # of a variant, those that can be given other values
@@ -82,6 +83,15 @@ KINDS: dict[str, Kind] = {
             config, model["num_classes"], height, width, **{k: v for k, v in model.items() if k == "channels"}
         ),
         batch_normalised=True,
+    ),
+    "detection": Kind(
+        create=create_detector,
+        options=("channels", "hidden"),
+        class_layers=("box_head.score.", "box_head.delta.", "mask_head.score."),
+        preprocessing=DetectionPreprocessing,
+        flops=lambda config, model, height, width: detector_flops(
+            config, model["num_classes"], height, width, **{k: model[k] for k in ("channels", "hidden") if k in model}
+        ),
     ),
 }
 

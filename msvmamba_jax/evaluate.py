@@ -25,6 +25,9 @@ _PER_CLASS = flags.DEFINE_bool(
 )
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything, with a row for each class, to this file.")
+_DETECTIONS = flags.DEFINE_string(
+    "detections", None, "Detection: also write all that was found to this file, in COCO's results format."
+)
 flags.mark_flag_as_required("config")
 
 _TIMED_BATCHES = 10
@@ -35,6 +38,7 @@ def _main() -> None:
     from msvmamba_jax.checkpoint import available_weights, build_model, find_checkpoint, load_checkpoint
     from msvmamba_jax.data.datasets import load_dataset
     from msvmamba_jax.data.pipeline import evaluation_batches, plan_evaluation
+    from msvmamba_jax.errors import InputError
     from msvmamba_jax.models.parameters import count, get_parameters, get_weights
     from msvmamba_jax.tasks.registry import task_of_checkpoint
     from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
@@ -47,6 +51,8 @@ def _main() -> None:
     dataset = load_dataset(config.data)
     batch_size = evaluation_batch_size(config)
     layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=batch_size)
+    if _DETECTIONS.value and config.task != "detection":
+        raise InputError(f"--detections is for detection, but the configuration is for {config.task!r}")
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
     wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
@@ -67,11 +73,13 @@ def _main() -> None:
                 f"multiply-adds at {height} x {width}",
                 flush=True,
             )
-        evaluator = evaluate(
+        evaluator: Any = evaluate(
             predict, get_weights(model), dataset, task, layout, batch_size=batch_size, title=_NAMES[kind]
         ).evaluator
         report[kind] = {**evaluator.result(), "per_class": evaluator.per_class()}
         print(f"{_NAMES[kind]}: {evaluator.sentence()}", flush=True)
+        if _DETECTIONS.value:  # of the averaged weights, where there are both
+            evaluator.save(_DETECTIONS.value)
         if _PER_CLASS.value if _PER_CLASS.value is not None else config.task != "classification":
             print(command.table(report[kind]["per_class"]))
     if _THROUGHPUT.value:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from msvmamba_jax.checkpoint import Description, Weights, build_model, load_checkpoint
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.parameters import Tree, bind, get_weights
 from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
 from msvmamba_jax.tasks.segmentation import pixel_logits
@@ -67,12 +68,16 @@ def inference_function(
     - for classification: `probabilities` float32 (b, classes) and `labels` int32 (b,), the most probable class of each
       image;
     - for segmentation: `labels` int32 (b, height, width), the most probable class of each pixel of the images that were
-      given, and `probabilities` float32 (b, height, width), that of this class.
+      given, and `probabilities` float32 (b, height, width), that of this class;
+    - for detection: of the up to 100 objects of each image, by falling score, `boxes` float32 (b, 100, 4), x1, y1, x2
+      and y2 in pixels of the images that were given; `labels` int32, `scores` float32 and `valid` bool, (b, 100), False
+      where there are fewer; and `masks` float32 (b, 100, 28, 28), probabilities over the box, which
+      `models.detection.masks.paste_masks` puts on an image.
 
     Args:
         checkpoint: a checkpoint folder or a training run's workdir.
         resize: resize the images as the checkpoint says (classification: the short side, then the centre is cut out;
-            segmentation: into its scale, keeping the ratio). False feeds them as they are, at any size.
+            segmentation and detection: into its scale, keeping the ratio). False feeds them as they are, at any size.
         weights: "ema", "raw", or None for the averaged weights where there are any.
         dtype: dtype of the computation.
         scan_implementation: see `create_model`.
@@ -110,9 +115,27 @@ def _segment(model: Any, images: jax.Array, preprocessing: Any, resize: bool) ->
     }
 
 
+def _detect(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
+    resized = resize_within(images, preprocessing) if resize else images
+    count, height, width, _ = resized.shape
+    padding = [(0, -side % preprocessing.divisor) for side in (height, width)]
+    padded = jnp.pad(normalise(resized, preprocessing), [(0, 0), *padding, (0, 0)])
+    extent = jnp.tile(jnp.array([height, width], jnp.int32), (count, 1))
+    scale = jnp.tile(jnp.array([width / images.shape[2], height / images.shape[1]], jnp.float32), (count, 1))
+    found = detect(model, padded, extent, scale)
+    return {
+        "boxes": found.box,
+        "labels": found.label,
+        "scores": found.score,
+        "masks": found.mask,
+        "valid": found.valid,
+    }
+
+
 _APPLY: dict[str, Callable[[Any, jax.Array, Any, bool], Predictions]] = {
     "classification": _classify,
     "segmentation": _segment,
+    "detection": _detect,
 }
 
 

@@ -1,4 +1,4 @@
-"""Classify or segment images.
+"""Classify or segment images, or detect objects in them.
 
 python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 """
@@ -22,9 +22,10 @@ _MAX_THUMBNAILS = 60  # on the picture; predictions.json has them all
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m msvmamba_jax.predict",
-        description="Classify or segment images: JPEG, PNG and other formats, of any size and colour mode. Prints the "
-        "most probable classes of each, or those that take up most of it; with --output also writes predictions.json "
-        "and pictures: for classification predictions.png, for segmentation an overlay and a label map for each image.",
+        description="Classify or segment images, or detect objects in them: JPEG, PNG and other formats, of any size "
+        "and colour mode. Prints the most probable classes of each, those that take up most of it, or its objects. "
+        "With --output, also writes predictions.json and pictures: for classification predictions.png, for segmentation "
+        "an overlay and a label map for each image, for detection each image with boxes and masks.",
     )
     parser.add_argument("checkpoint", help="a checkpoint folder, or the workdir of a training run")
     parser.add_argument("images", nargs="+", help="image files, or folders to search")
@@ -33,7 +34,10 @@ def _main() -> int:
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw weights (default: averaged, if any)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="images at a time (default: 16); segmentation takes one at a time"
+        "--batch-size", type=int, default=16, help="images at a time (default: 16); other tasks take one at a time"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.3, help="least score of an object in detection (default: %(default)s)"
     )
     arguments = parser.parse_args()
 
@@ -57,7 +61,7 @@ def _main() -> int:
         weights=arguments.weights,
         dtype=arguments.dtype,
     )
-    by_task = {"classification": _classify, "segmentation": _segment}
+    by_task = {"classification": _classify, "segmentation": _segment, "detection": _detect}
     predictions = by_task[task](infer, images, arguments, output)
     if output is not None and predictions:
         output.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,11 @@ def _main() -> int:
     return 1 if images.unreadable else 0
 
 
-_PICTURES = {"classification": "{}/predictions.png", "segmentation": "for each image {}/*_overlay.png and *_labels.png"}
+_PICTURES = {
+    "classification": "{}/predictions.png",
+    "segmentation": "for each image {}/*_overlay.png and *_labels.png",
+    "detection": "for each image {}/*_objects.png",
+}
 
 
 class Images:
@@ -159,6 +167,42 @@ def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: 
             ):
                 prediction[kind] = f"{stem}_{kind}.png"
                 _save(picture, output / prediction[kind])
+        predictions.append(prediction)
+    return predictions
+
+
+def _detect(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
+    """Prints a line for each image, and saves it with its objects; predictions.json has boxes and run-length masks."""
+    from msvmamba_jax.data.run_lengths import run_lengths
+    from msvmamba_jax.models.detection.masks import paste_masks
+    from msvmamba_jax.pictures_detection import detection_picture
+
+    names = infer.class_names
+    predictions: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for path, image in images:
+        found = {name: np.asarray(array)[0] for name, array in infer(image[None]).items()}
+        kept = found["valid"] & (found["scores"] >= arguments.threshold)
+        boxes, labels, scores = (found[name][kept] for name in ("boxes", "labels", "scores"))
+        masks = paste_masks(found["masks"][kept], boxes, *image.shape[:2])
+        objects = [
+            {
+                "label": int(label),
+                "name": names[label],
+                "score": float(score),
+                "box": [float(x) for x in box],
+                "mask": {"size": list(image.shape[:2]), "counts": run_lengths(mask)},
+            }
+            for label, score, box, mask in zip(labels, scores, boxes, masks, strict=True)
+        ]
+        prediction: dict[str, Any] = {"file": str(path), "objects": objects}
+        shown = [f"{entry['name']} {entry['score']:.1%}" for entry in objects[: arguments.top]]
+        more = f", {len(objects) - len(shown)} more" if len(objects) > len(shown) else ""
+        _say(path, f"{', '.join(shown)}{more}" if shown else "nothing found")
+        if output is not None:
+            prediction["picture"] = f"{_free_name(path.stem, taken)}_objects.png"
+            picture = detection_picture(image, boxes, masks, labels, scores, names, threshold=arguments.threshold)
+            _save(picture, output / prediction["picture"])
         predictions.append(prediction)
     return predictions
 

@@ -112,7 +112,7 @@ def make_task(description: Description) -> Task:
         return Classification(description=description, label_smoothing=0.1)
     if description.task == "segmentation":
         return Segmentation(description=description)
-    return Detection(description=description, new_evaluator=lambda: None)
+    return Detection(description=description)
 
 
 def make_batch(wanted: Measurement) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.detection.masks import paste_masks
-from msvmamba_jax.pictures_detection import detection_sheet
+from msvmamba_jax.pictures_detection import Found, detection_sheet
+from msvmamba_jax.pictures_detection import Truth as TrueObjects
 from msvmamba_jax.tasks.base import Batch, Mirror
 from msvmamba_jax.tasks.detection_losses import Truth, detection_loss
 from msvmamba_jax.tasks.detection_metrics import DetectionEvaluator
@@ -26,11 +28,11 @@ class Detection:
 
     Attributes:
         description: the model and its classes.
-        new_evaluator: makes an empty evaluator for the split.
+        records: the split that predictions are evaluated on; None where none are.
     """
 
     description: Description
-    new_evaluator: Callable[[], DetectionEvaluator]
+    records: CocoRecords | None = None
     score: str = "bbox_mAP"
 
     def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
@@ -74,18 +76,32 @@ class Detection:
 
     def evaluator(self) -> DetectionEvaluator:
         """See `Task`."""
-        return self.new_evaluator()
+        assert self.records is not None
+        return DetectionEvaluator(
+            self.records.ground_truth(),
+            self.records.image_ids,
+            self.records.category_ids,
+            self.description.class_names,
+        )
 
     def draw(self, examples: Sequence[tuple[Batch, Batch]]) -> Image.Image:
-        """See `Task`: what was found in each image."""
-        return detection_sheet([_drawn(*example) for example in examples], self.description.class_names)
+        """See `Task`: what was found in each image, and the true objects beside it."""
+        assert self.records is not None
+        return detection_sheet([_drawn(self.records, found) for _, found in examples], self.description.class_names)
 
 
-def _drawn(batch: Batch, found: Batch) -> tuple[np.ndarray, ...]:
-    """An image without its padding, with boxes, masks, labels and scores in its pixels."""
-    rows, columns = (int(side) for side in batch["extent"])
+def _drawn(records: CocoRecords, found: Batch) -> tuple[np.ndarray, Found, TrueObjects]:
+    """An image as it is in its file, what was found in it, and its true objects without crowds."""
+    record = records[int(found["index"])]
+    height, width = record["image"].shape[:2]
     valid = np.asarray(found["valid"])
-    boxes = np.asarray(found["box"])[valid] * np.tile(batch["scale"], 2)
-    masks = paste_masks(np.asarray(found["mask"])[valid], boxes, rows, columns)
-    image = np.asarray(batch["image"])[:rows, :columns]
-    return image, boxes, masks, np.asarray(found["label"])[valid], np.asarray(found["score"])[valid]
+    boxes, labels, scores = (np.asarray(found[name])[valid] for name in ("box", "label", "score"))
+    masks = paste_masks(np.asarray(found["mask"])[valid], boxes, height, width)
+    objects = np.flatnonzero(~record["crowd"])
+    true_masks = [record["masks"][index].pixels().astype(bool) for index in objects]
+    truth = (
+        record["boxes"][objects],
+        np.stack(true_masks) if true_masks else np.zeros((0, height, width), bool),
+        record["labels"][objects],
+    )
+    return record["image"], (boxes, masks, labels, scores), truth

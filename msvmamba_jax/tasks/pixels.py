@@ -5,15 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from msvmamba_jax.data.detection_preprocessing import DetectionPreprocessing
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.resize import resize_bilinear
 
+AnyPreprocessing = Preprocessing | SegmentationPreprocessing | DetectionPreprocessing
+
 _METHODS = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 
 
-def normalise(images: jax.Array, preprocessing: Preprocessing | SegmentationPreprocessing) -> jax.Array:
+def normalise(images: jax.Array, preprocessing: AnyPreprocessing) -> jax.Array:
     """Images (..., 3), uint8 or floating point in 0..1, to float32 (x - mean) / std."""
     scaled = images.astype(jnp.float32)
     if images.dtype == jnp.uint8:
@@ -66,8 +69,8 @@ def resize_and_crop(images: jax.Array, preprocessing: Preprocessing) -> jax.Arra
     return images[:, top : top + preprocessing.size, left : left + preprocessing.size]
 
 
-def resize_within(images: jax.Array, preprocessing: SegmentationPreprocessing) -> jax.Array:
-    """`SegmentationPreprocessing.prepare` on a batch of arrays.
+def resize_within(images: jax.Array, preprocessing: SegmentationPreprocessing | DetectionPreprocessing) -> jax.Array:
+    """What the preprocessing's `prepare` does on a batch of arrays, without padding.
 
     Bilinear and not antialiased, as OpenCV; uint8 images are rounded, and differ from its fixed-point result by one
     step in few values.

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from msvmamba_jax.checkpoint import KINDS, Description
+from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
+from msvmamba_jax.tasks.detection import Detection
 from msvmamba_jax.tasks.mixing import Mixing
 from msvmamba_jax.tasks.segmentation import Segmentation
 
@@ -33,7 +35,7 @@ def make_task(config: Any, dataset: Dataset) -> Task:
         class_names=dataset.class_names,
         preprocessing=dataset.preprocessing,
     )
-    return _TASKS[config.task](config, description)
+    return _TASKS[config.task](config, description, dataset)
 
 
 def task_of_checkpoint(config: Any, description: Description, dataset: Dataset) -> Task:
@@ -51,10 +53,10 @@ def task_of_checkpoint(config: Any, description: Description, dataset: Dataset) 
             f"the checkpoint knows {len(description.class_names)} classes, but the data of this configuration has "
             f"{len(dataset.class_names)}: evaluate with the configuration it was trained with"
         )
-    return _TASKS[config.task](config, description)
+    return _TASKS[config.task](config, description, dataset)
 
 
-def _classification(config: Any, description: Description) -> Task:
+def _classification(config: Any, description: Description, dataset: Dataset) -> Task:
     mixing = config.mix.to_dict()
     _reject_unknown("config.mix", mixing, {field.name for field in dataclasses.fields(Mixing)})
     return Classification(
@@ -65,8 +67,14 @@ def _classification(config: Any, description: Description) -> Task:
     )
 
 
-def _segmentation(config: Any, description: Description) -> Task:
+def _segmentation(config: Any, description: Description, dataset: Dataset) -> Task:
     return Segmentation(description=description, tta=config.data.tta)
+
+
+def _detection(config: Any, description: Description, dataset: Dataset) -> Task:
+    if not isinstance(dataset.evaluation, CocoRecords):
+        raise InputError("detectors are evaluated on data in COCO's form: config.data.source=coco or coco_tfds")
+    return Detection(description=description, records=dataset.evaluation)
 
 
 def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> None:
@@ -74,8 +82,9 @@ def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> No
         raise InputError(f"unknown option of {key}: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
 
 
-# By the name that a configuration gives them; each takes the configuration and the description of the model.
-_TASKS: dict[str, Callable[[Any, Description], Task]] = {
+# By the name that a configuration gives them; each takes the configuration, the model's description and the data.
+_TASKS: dict[str, Callable[[Any, Description, Dataset], Task]] = {
     "classification": _classification,
     "segmentation": _segmentation,
+    "detection": _detection,
 }

@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from msvmamba_jax.data import datasets, encoded, pipeline
+from msvmamba_jax.data.augment import Augmentation
 from msvmamba_jax.data.encoded import DecodedImages
 from msvmamba_jax.data.folder import ImageFolder, load_folder
 from msvmamba_jax.data.pipeline import Batch, Dataset
+from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.errors import InputError
 
 CLASSES = ("Zebra", "apple", "égg")  # sorted by code point: capitals first, accents last
@@ -227,12 +229,12 @@ def test_a_file_that_cannot_be_opened_ends_the_run(root: Path) -> None:
 
 def test_options_reach_the_transforms(root: Path) -> None:
     source = dataset(root, interpolation="bilinear", randaugment="", scale=(0.5, 1.0), ratio=(1.0, 1.0), flip=0.0)
-    assert source.preprocessing == pipeline.Preprocessing(size=16, resize=18, interpolation="bilinear")
-    expected = pipeline.Augmentation(16, "bilinear", None, (0.5, 1.0), (1.0, 1.0), 0.0)
+    assert source.preprocessing == Preprocessing(size=16, resize=18, interpolation="bilinear")
+    expected = Augmentation(16, "bilinear", None, (0.5, 1.0), (1.0, 1.0), 0.0)
     assert source.augment == expected
     plain = datasets.load_dataset({"source": "folder", "root": root, "workers": 3})
-    assert plain.augment == pipeline.Augmentation()
-    assert plain.preprocessing == pipeline.Preprocessing()
+    assert plain.augment == Augmentation()
+    assert plain.preprocessing == Preprocessing()
     assert plain.augment.randaugment == "rand-m9-mstd0.5-inc1"
 
 
