@@ -24,8 +24,8 @@ def _main() -> int:
         prog="python -m msvmamba_jax.predict",
         description="Classify or segment images, or detect objects in them: JPEG, PNG and other formats, of any size "
         "and colour mode. Prints the most probable classes of each, those that take up most of it, or its objects. "
-        "With --output, also writes predictions.json and pictures: for classification predictions.png, for segmentation "
-        "an overlay and a label map for each image, for detection each image with boxes and masks.",
+        "With --output, also writes predictions.json and pictures: for classification predictions.png, for "
+        "segmentation an overlay and a label map for each image, for detection each image with boxes and masks.",
     )
     parser.add_argument("checkpoint", help="a checkpoint folder, or the workdir of a training run")
     parser.add_argument("images", nargs="+", help="image files, or folders to search")
