@@ -10,7 +10,9 @@ from flax import nnx
 
 from msvmamba_jax import InputError
 from msvmamba_jax.data.augment import Augmentation
+from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.data.datasets import load_dataset
+from msvmamba_jax.data.detection_preprocessing import DetectionPreprocessing
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
@@ -23,7 +25,7 @@ from msvmamba_jax.training.optimizer import schedule_of
 from msvmamba_jax.training.pretrained import find_pretrained
 
 FOLDER = Path(__file__).parents[2] / "configs"
-SHARED = {"__init__", "ade20k", "imagenet"}
+SHARED = {"__init__", "ade20k", "coco", "imagenet"}
 ALL = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 IMAGENET = ["micro", "nano", "tiny", "vssm_base", "vssm_small", "vssm_tiny"]
 
@@ -33,22 +35,35 @@ def load(name):
 
 
 SEGMENTATION = ["ade20k_micro", "ade20k_nano", "ade20k_tiny"]
+DETECTION = ["coco_micro_1x", "coco_micro_3x", "coco_nano_1x", "coco_tiny_1x", "coco_tiny_3x"]
+SHAPES = ["shapes_detection", "shapes_segmentation"]
+PREPROCESSING = {
+    "classification": (Preprocessing(), 1000),
+    "segmentation": (SegmentationPreprocessing(), 150),
+    "detection": (DetectionPreprocessing(), 80),
+}
 
 
 def dataset(images=1_281_167, task="classification"):
-    preprocessing = {"classification": Preprocessing, "segmentation": SegmentationPreprocessing}[task]()
+    preprocessing, classes = PREPROCESSING[task]
     return Dataset(
         train=range(images),
-        evaluation=range(10),
-        class_names=tuple(f"class {i}" for i in range({"classification": 1000, "segmentation": 150}[task])),
+        evaluation=NO_RECORDS if task == "detection" else range(10),
+        class_names=tuple(f"class {i}" for i in range(classes)),
         preprocessing=preprocessing,
         augment=lambda record, rng: record,
         prepare=lambda record: record,
     )
 
 
+NO_RECORDS = CocoRecords(
+    files=None, name="none", class_names=(), category_ids=(), places=np.zeros(0, int), image_ids=np.zeros(0, int),
+    sizes=np.zeros((0, 2), int), counts=np.zeros(0, int), training=False, annotations_file=None,
+)  # fmt: skip
+
+
 def test_all_are_there():
-    assert sorted(["digits", "finetune", "textures", "shapes_segmentation", *IMAGENET, *SEGMENTATION]) == ALL
+    assert sorted(["digits", "finetune", "textures", *SHAPES, *IMAGENET, *SEGMENTATION, *DETECTION]) == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,7 +89,7 @@ def test_all_have_the_same_options():
         assert options(name, ("data", "model")) == options("nano", ("data", "model"))
     of_classification = {"label_smoothing", "erase_probability", "mix"}
     assert all(load(name).label_smoothing == 0.1 for name in ALL if load(name).task == "classification")
-    for name in [*SEGMENTATION, "shapes_segmentation"]:
+    for name in [*SEGMENTATION, *DETECTION, *SHAPES]:
         skip = ("data", "model", *of_classification)
         assert options(name, skip) == options("nano", skip)
         assert not of_classification & options(name).keys()
@@ -93,6 +108,24 @@ def test_ade20k_recipe(name):
     assert clock.steps_of("evaluate_every", config.evaluate_every) == 16_000
     recorded = backbone_config(config.model.name, drop_path=config.model.drop_path)
     assert recorded.drop_path == {"ade20k_tiny": 0.2}.get(name, 0.3)
+    with pytest.raises(InputError, match=r"--config\.data\.root"):
+        load_dataset(config.data)
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_coco_recipe(name):
+    """The rate warms up from a thousandth over 1,000 steps and falls to a tenth at two epochs."""
+    config = load(name)
+    clock = make_clock(config, dataset(117_266, "detection"))
+    epochs, first, second = (36, 27, 33) if name.endswith("3x") else (12, 8, 11)
+    assert (config.batch_size, clock.steps) == (16, epochs * 7329)
+    rate = schedule_of(config, clock)
+    np.testing.assert_allclose([rate(0), rate(999), rate(1000)], [1e-7, 1e-4, 1e-4], rtol=1e-5)
+    for epoch, before, after in ((first, 1e-4, 1e-5), (second, 1e-5, 1e-6)):
+        np.testing.assert_allclose([rate(epoch * 7329 - 1), rate(epoch * 7329)], [before, after], rtol=1e-5)
+    assert (config.data.scale, config.data.multi_scale) == ((1333, 800), name.endswith("3x"))
+    assert (config.optimizer.weight_decay, config.optimizer.no_decay, config.optimizer.clip_norm) == (0.05, "norms", 0)
+    assert config.model.drop_path == 0.2
     with pytest.raises(InputError, match=r"--config\.data\.root"):
         load_dataset(config.data)
 

@@ -235,13 +235,6 @@ def test_the_whole_nano(path, parity):
     assert_bits(original(conversion.parameters), state)
 
 
-@pytest.mark.parametrize("name", ["rpn_head.rpn_conv.weight", "roi_head.bbox_head.fc_cls.weight"])
-def test_other_tasks_are_named(path, state, name):
-    backbone = {f"backbone.{key}": tensor for key, tensor in state.items() if not key.startswith("classifier")}
-    torch_writer.write(path, {"state_dict": {**backbone, name: np.zeros((2, 2), np.float32)}})
-    assert "it is a detection model, which cannot be converted so far" in error_of(path)
-
-
 def renamed_as(name):
     return lambda state: {name if key == "patch_embed.0.weight" else key: tensor for key, tensor in state.items()}
 
