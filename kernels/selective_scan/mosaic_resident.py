@@ -64,10 +64,13 @@ def faster(problem: Problem, device: Device) -> bool:
     """Whether `scan` is expected to need less time for a problem than the kernel that walks over tiles.
 
     Measured: what each group of lines costs beside its positions pays for lines of 28, and not for those of 14 and 7,
-    unless images and channels are so few that blocks of 128 channels leave multiprocessors idle.
+    unless images and channels are so few that blocks of 128 channels leave multiprocessors idle. Where they are far
+    fewer still, a long path is better cut, which this kernel cannot do.
     """
     blocks = problem.batch * -(-problem.channels // THREADS)
-    return min(problem.height, problem.width) >= _LONG or blocks < device.multiprocessors
+    if min(problem.height, problem.width) >= _LONG:
+        return 8 * blocks > device.multiprocessors
+    return blocks < device.multiprocessors
 
 
 def _shared_bytes(problem: Problem) -> int:

@@ -39,7 +39,17 @@ def test_leaves_others_to_the_tiled_kernel(shape):
 
 @pytest.mark.parametrize(
     ("shape", "faster"),
-    [((128, 28, 28, 192), True), ((128, 14, 14, 384), False), ((16, 14, 14, 384), True), ((128, 7, 7, 768), False)],
+    [
+        ((128, 28, 28, 192), True),
+        ((16, 28, 28, 192), True),
+        ((1, 28, 28, 192), False),
+        ((2, 32, 32, 384), False),
+        ((8, 32, 32, 384), True),
+        ((128, 14, 14, 384), False),
+        ((16, 14, 14, 384), True),
+        ((128, 7, 7, 768), False),
+        ((1, 7, 7, 768), True),
+    ],
 )
 def test_takes_over_where_it_measured_faster(shape, faster):
     assert mosaic_resident.faster(problem(*shape), H100) == faster

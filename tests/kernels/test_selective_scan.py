@@ -157,6 +157,11 @@ class TestSelectiveScan:
     def test_large_map(self, implementation):
         self.check_forward(make_inputs(b=1, h=200, w=334, d=2), ("column_reversed",), implementation)
 
+    @dtypes
+    def test_many_images(self, implementation, dtype):
+        """So many that a GPU kernel need not cut the path."""
+        self.check_forward(make_inputs(b=17, h=28, w=28, d=128, dtype=dtype), HALF, implementation)
+
     @maps
     def test_chained_routes_are_one_sequence(self, implementation, h, w):
         inputs = make_inputs(h=h, w=w, n=2)
