@@ -12,8 +12,11 @@ from PIL import Image
 
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.data.coco import CocoRecords
+from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.detection.masks import paste_masks
+from msvmamba_jax.models.detection.rpn import TEST_LIMITS, TRAINING_LIMITS, ProposalLimits
+from msvmamba_jax.models.detection.sampling import HEAD_QUOTA, RPN_QUOTA, Quota
 from msvmamba_jax.pictures_detection import Found, detection_sheet
 from msvmamba_jax.pictures_detection import Truth as TrueObjects
 from msvmamba_jax.tasks.base import Batch, Mirror
@@ -29,11 +32,32 @@ class Detection:
     Attributes:
         description: the model and its classes.
         records: the split that predictions are evaluated on; None where none are.
+        proposals: how many the RPN makes in training.
+        evaluation_proposals: how many in evaluation.
+        anchor_samples: anchors of an image that the RPN learns from, at most half of them positive.
+        region_samples: proposals of an image that the heads learn from, at most a quarter of them positive.
+
+    Raises:
+        InputError: on construction, when a number is too small.
     """
 
     description: Description
     records: CocoRecords | None = None
+    proposals: ProposalLimits = TRAINING_LIMITS
+    evaluation_proposals: ProposalLimits = TEST_LIMITS
+    anchor_samples: int = RPN_QUOTA.total
+    region_samples: int = HEAD_QUOTA.total
     score: str = "bbox_mAP"
+
+    def __post_init__(self) -> None:
+        least = {"proposals": min(self.proposals), "evaluation_proposals": min(self.evaluation_proposals)}
+        for name, value in {
+            **least,
+            "anchor_samples": self.anchor_samples,
+            "region_samples": self.region_samples,
+        }.items():
+            if value < 4:
+                raise InputError(f"config.regions.{name} must be at least 4; got {value}")
 
     def prepare(self, batch: Batch, keys: jax.Array, batch_key: jax.Array, mirror: Mirror) -> Batch:
         """See `Task`.
@@ -54,7 +78,15 @@ class Detection:
     def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `Task`: the sum of the losses of the RPN and of the two heads."""
         truth = Truth(batch["boxes"], batch["labels"], batch["valid"], batch["masks"], batch["extent"])
-        loss, metrics = detection_loss(model, batch["image"], truth, keys)
+        loss, metrics = detection_loss(
+            model,
+            batch["image"],
+            truth,
+            keys,
+            limits=self.proposals,
+            rpn_quota=Quota(self.anchor_samples, self.anchor_samples // 2),
+            head_quota=Quota(self.region_samples, self.region_samples // 4),
+        )
         return loss, dict(metrics)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -68,7 +100,8 @@ class Detection:
         Returns:
             `index`, and the fields of `Predictions`, boxes in pixels of the images before they were resized.
         """
-        found = detect(model, self._normalised(batch), batch["extent"], batch["scale"])
+        limits = self.evaluation_proposals
+        found = detect(model, self._normalised(batch), batch["extent"], batch["scale"], limits)
         return {"index": batch["index"], **found._asdict()}
 
     def _normalised(self, batch: Batch) -> jax.Array:

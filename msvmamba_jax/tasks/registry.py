@@ -10,6 +10,7 @@ from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.detection.rpn import ProposalLimits
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.tasks.classification import Classification
 from msvmamba_jax.tasks.detection import Detection
@@ -74,7 +75,11 @@ def _segmentation(config: Any, description: Description, dataset: Dataset) -> Ta
 def _detection(config: Any, description: Description, dataset: Dataset) -> Task:
     if not isinstance(dataset.evaluation, CocoRecords):
         raise InputError("detectors are evaluated on data in COCO's form: config.data.source=coco or coco_tfds")
-    return Detection(description=description, records=dataset.evaluation)
+    regions = config.regions.to_dict()
+    names = ("proposals", "evaluation_proposals", "anchor_samples", "region_samples")
+    _reject_unknown("config.regions", regions, set(names))
+    limits = {name: ProposalLimits(*regions.pop(name)) for name in names[:2]}
+    return Detection(description=description, records=dataset.evaluation, **limits, **regions)
 
 
 def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> None:
