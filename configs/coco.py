@@ -27,6 +27,12 @@ def recipe(model: str, *, epochs: int, drops: tuple[int, int], multi_scale: bool
                 "bucket": 0,  # evaluate padded to multiples of so many pixels, for few shapes; 0: exact
             },
             "model": {"name": model, "channels": 256, "hidden": 1024, "drop_path": 0.2},
+            "regions": {
+                "proposals": (2000, 1000),  # of the RPN in training: of each level before, and of all after suppression
+                "evaluation_proposals": (1000, 1000),
+                "anchor_samples": 256,  # of an image, that the RPN learns from, half of them positive
+                "region_samples": 512,  # of an image, that the heads learn from, a quarter of them positive
+            },
             "dtype": "bfloat16",  # of the computation; parameters and the scan's state are float32
             "remat": False,  # recompute blocks in the backward pass to save memory
             "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here

@@ -38,6 +38,12 @@ def get_config() -> ConfigDict:
                 "channels": 48,
                 "hidden": 128,
             },
+            "regions": {
+                "proposals": (200, 100),  # of the RPN in training: of each level before, and of all after suppression
+                "evaluation_proposals": (200, 100),
+                "anchor_samples": 64,  # of an image, that the RPN learns from, half of them positive
+                "region_samples": 64,  # of an image, that the heads learn from, a quarter of them positive
+            },
             "dtype": "float32",  # of the computation; "bfloat16" on GPUs
             "remat": False,  # recompute blocks in the backward pass to save memory
             "scan_implementation": "",  # of the selective scan; empty: by MSVMAMBA_SCAN, or the fastest that runs here

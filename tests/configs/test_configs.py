@@ -90,7 +90,7 @@ def test_all_have_the_same_options():
     of_classification = {"label_smoothing", "erase_probability", "mix"}
     assert all(load(name).label_smoothing == 0.1 for name in ALL if load(name).task == "classification")
     for name in [*SEGMENTATION, *DETECTION, *SHAPES]:
-        skip = ("data", "model", *of_classification)
+        skip = ("data", "model", "regions", *of_classification)
         assert options(name, skip) == options("nano", skip)
         assert not of_classification & options(name).keys()
 
