@@ -78,8 +78,14 @@ def _detection(config: Any, description: Description, dataset: Dataset) -> Task:
     regions = config.regions.to_dict()
     names = ("proposals", "evaluation_proposals", "anchor_samples", "region_samples")
     _reject_unknown("config.regions", regions, set(names))
-    limits = {name: ProposalLimits(*regions.pop(name)) for name in names[:2]}
-    return Detection(description=description, records=dataset.evaluation, **limits, **regions)
+    return Detection(
+        description=description,
+        records=dataset.evaluation,
+        proposals=ProposalLimits(*regions["proposals"]),
+        evaluation_proposals=ProposalLimits(*regions["evaluation_proposals"]),
+        anchor_samples=regions["anchor_samples"],
+        region_samples=regions["region_samples"],
+    )
 
 
 def _reject_unknown(key: str, options: Mapping[str, Any], known: set[str]) -> None:
