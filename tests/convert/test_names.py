@@ -29,6 +29,12 @@ def test_every_rule_of_segmentation_is_used(original):
         assert any(pattern.fullmatch(name) for name in original), pattern.pattern
 
 
+def test_every_rule_of_detection_is_used(parity):
+    detector = parity.state_dict("detection/nano.json")
+    for pattern, _, _ in rules("multi_scale", "detection"):
+        assert any(pattern.fullmatch(name) for name in detector), pattern.pattern
+
+
 def test_tasks_do_not_share_heads(original):
     with pytest.raises(KeyError, match=r"0 rules fit the tensor backbone\.patch_embed\.0\.weight"):
         to_ours(original, "multi_scale")

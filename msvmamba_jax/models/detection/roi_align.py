@@ -52,7 +52,8 @@ def roi_align(
     """Features of regions, with half-pixel centres ("aligned") and adaptive sampling.
 
     Differentiable with respect to the maps; boxes get no gradient. A region of no width or height gives zeros. Products
-    are taken in the maps' dtype and summed in float32.
+    are taken in the maps' dtype and summed in float32. On a GPU the gradient's sums over regions that share positions
+    come in no fixed order, so its last bits may differ from run to run.
 
     Args:
         pyramid: maps (b, h_i, w_i, c), finest first.
@@ -210,8 +211,9 @@ def _regions(layout: _Layout, positions: jax.Array, boxes: jax.Array, levels: ja
 
     order, windows = _grouped_windows(layout, boxes, levels)
     regions = lax.map(group, windows).reshape(-1, cells, channels)
+    # Back into the order in which the regions came.
     ordered = jnp.zeros((levels.size, cells, channels), flat.dtype)
-    ordered = ordered.at[order].set(regions, mode="drop", unique_indices=True)
+    ordered = ordered.at[order[: levels.size]].set(regions[: levels.size], unique_indices=True)
     return (ordered.reshape(*levels.shape, layout.bins, layout.bins, channels),)
 
 

@@ -76,6 +76,12 @@ def test_a_box_without_a_good_anchor_takes_its_best_ones_all_of_them():
     np.testing.assert_array_equal(assign(anchors, truths, RPN_THRESHOLDS).truth, [0, 0, IGNORED, NEGATIVE])
 
 
+def test_of_equal_overlaps_the_first_box_wins_but_the_last_takes():
+    truths = jnp.asarray([[0, 0, 10, 10]] * 2, jnp.float32)
+    candidates = jnp.asarray([[0, 0, 10, 8], [0, 0, 10, 10]], jnp.float32)
+    np.testing.assert_array_equal(assign(candidates, truths, RPN_THRESHOLDS).truth, [0, 1])
+
+
 def test_without_ground_truth_all_are_negative():
     boxes = jnp.asarray([[0.0, 0.0, 10.0, 10.0]] * 3)
     found = assign(boxes, boxes[:2], RPN_THRESHOLDS, valid_truths=jnp.zeros(2, bool))

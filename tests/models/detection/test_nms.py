@@ -120,6 +120,12 @@ class TestClasses:
         assert not found.box[len(expected) :].any()
         assert not found.score[len(expected) :].any()
 
+    def test_a_box_without_area_is_found_once(self):
+        """Although it does not overlap itself."""
+        boxes = jnp.asarray([[[5.0, 5.0, 5.0, 9.0]], [[0.0, 0.0, 9.0, 9.0]]])
+        found = classwise(boxes, jnp.asarray([[0.9], [0.8]]), count=4, **OPTIONS)
+        np.testing.assert_array_equal(found.source[found.valid], [0, 1])
+
     def test_nothing_to_find(self):
         found = classwise(jnp.zeros((3, 2, 4)), jnp.full((3, 2), 0.05), count=4, **OPTIONS)
         assert not found.valid.any()
