@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             "parallelism": "jit",  # or "pmap": the state replicated on every device
             "fsdp": 1,  # "jit" only: devices over which parameters and optimiser state are split
             "accumulate": 1,  # parts in which a batch is worked through, to save memory
-            "duration": "20 epochs",  # or "1000 steps"
+            "duration": "12 epochs",  # or "1000 steps"
             "optimizer": {  # AdamW; the three rates are for `batch_size` images and scale with config.batch_size
                 "schedule": "linear",  # after the warm-up: "cosine" or "linear" to `minimum`, or "steps" with `drops`
                 "learning_rate": 2e-3,
@@ -65,8 +65,8 @@ def get_config() -> ConfigDict:
             },
             "ema_decay": 0.0,  # of averaged weights, for each step; 0: none
             "log_every": "25 steps",
-            "evaluate_every": "10 epochs",
-            "save_every": "5 epochs",
+            "evaluate_every": "4 epochs",
+            "save_every": "4 epochs",
             "pictures": 8,  # validation images drawn into the workdir and TensorBoard at every evaluation; 0: none
             "profile": "",  # "20:25" writes a trace of the steps 21 to 25 into the workdir
         }

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from msvmamba_jax.checkpoint import load_model
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.inference import inference_function
-    from msvmamba_jax.models.variants import create_model, create_segmenter, list_models
+    from msvmamba_jax.models.variants import create_detector, create_model, create_segmenter, list_models
 
 _HOME = {
     "InputError": "msvmamba_jax.errors",
+    "create_detector": "msvmamba_jax.models.variants",
     "create_model": "msvmamba_jax.models.variants",
     "create_segmenter": "msvmamba_jax.models.variants",
     "list_models": "msvmamba_jax.models.variants",
@@ -25,7 +26,15 @@ _HOME = {
     "inference_function": "msvmamba_jax.inference",
 }
 
-__all__ = ["InputError", "create_model", "create_segmenter", "inference_function", "list_models", "load_model"]
+__all__ = [
+    "InputError",
+    "create_detector",
+    "create_model",
+    "create_segmenter",
+    "inference_function",
+    "list_models",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> object:
