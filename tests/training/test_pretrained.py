@@ -11,18 +11,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from msvmamba_jax import InputError
-from msvmamba_jax.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from msvmamba_jax.checkpoint import KINDS, Description, find_checkpoint, load_checkpoint, save_checkpoint
 from msvmamba_jax.convert.names import to_original
 from msvmamba_jax.data.datasets import load_dataset
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, flatten, get_parameters, unflatten
+from msvmamba_jax.models.parameters import (
+    SHAPE_KEYS,
+    abstract_model,
+    flatten,
+    get_parameters,
+    get_weights,
+    unflatten,
+)
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.loop import train
 from msvmamba_jax.training.optimizer import adamw, all_but_vectors, layers
 from msvmamba_jax.training.pretrained import find_pretrained, read_pretrained, with_pretrained
+from msvmamba_jax.training.step import initial_state
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "convert"))
@@ -397,3 +407,63 @@ def test_frozen_updates(layer_decay):
 def test_layer_decay_out_of_range(layer_decay):
     with pytest.raises(InputError, match="layer_decay must be above 0 and at most 1"):
         adamw(lambda _: 0.1, weight_decay=0.5, clip_norm=1.0, layer_decay=layer_decay)
+
+
+# Other tasks
+
+
+@functools.cache
+def dense(task, names=tuple("abc")):
+    """The description of a small model of a dense task, and the shapes of its weights."""
+    kind = KINDS[task]
+    sizes = {"segmentation": {"channels": 8, "auxiliary_channels": 8}, "detection": {"channels": 8, "hidden": 8}}[task]
+    made = Description(
+        model={**TINY, **sizes, "num_classes": len(names)},
+        task=task,
+        class_names=names,
+        preprocessing=kind.preprocessing(),
+    )
+    return made, dict(flatten(get_weights(abstract_model(lambda: made.build(rngs=SHAPE_KEYS)))))
+
+
+def saved(folder, made, shapes):
+    weights = unflatten({name: np.full(leaf.shape, 2.0, np.float32) for name, leaf in shapes.items()})
+    save_checkpoint(folder, made, weights)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_classifier_gives_its_backbone_to_other_tasks(released, task):
+    made, wanted = dense(task)
+    found = read_pretrained(released, made, wanted)
+    assert sorted(found.leaves) == sorted(backbone(wanted))
+    assert {name.partition(".")[0] for name in found.unused} == {"norm", "head"}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_of_the_same_task_all_is_taken_but_what_depends_on_the_classes(tmp_path, task):
+    made, wanted = dense(task)
+    folder = saved(tmp_path / "checkpoint", made, wanted)
+    assert read_pretrained(folder, made, wanted).leaves.keys() == wanted.keys()
+    other, shapes_of_other = dense(task, tuple("xyz"))  # as many, with other names
+    found = read_pretrained(folder, other, shapes_of_other)
+    left = {name for name in shapes_of_other if name not in found.leaves}
+    layers_left = {name.rpartition(".")[0] for name in left}
+    assert (
+        layers_left
+        == {
+            "segmentation": {"decode_head.classifier", "auxiliary_head.classifier"},
+            "detection": {"box_head.score", "box_head.delta", "mask_head.score"},
+        }[task]
+    )
+    assert sum(name.endswith(".mean") for name in found.leaves) == (13 if task == "segmentation" else 0)
+
+
+def test_statistics_of_a_checkpoint_go_into_the_state(tmp_path):
+    made, wanted = dense("segmentation")
+    found = read_pretrained(saved(tmp_path / "checkpoint", made, wanted), made, wanted)
+    built = made.build(rngs=nnx.Rngs(0))
+    state = with_pretrained(initial_state(built, optax.sgd(0.1)), found, tmp_path)
+    for tree in ("params", "batch_stats", "ema"):
+        assert all((np.asarray(leaf) == 2).all() for _, leaf in flatten(state[tree])), tree
+    assert json.loads((tmp_path / "pretrained.json").read_text())["new"] == []
