@@ -7,17 +7,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from msvmamba_jax.models.detection.anchors import pyramid_anchors
-from msvmamba_jax.models.detection.boxes import encode
-from msvmamba_jax.models.detection.masks import pack_masks
+from msvmamba_jax.models.detection.boxes import encode, iou
+from msvmamba_jax.models.detection.inference import detect
+from msvmamba_jax.models.detection.masks import pack_masks, paste_masks, unpack_masks
 from msvmamba_jax.models.detection.rpn import ProposalLimits, Proposals
 from msvmamba_jax.models.detection.sampling import Quota, everything
-from msvmamba_jax.models.parameters import bind, flatten, get_parameters
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, bind, flatten, get_parameters
 from msvmamba_jax.models.variants import create_detector
 from msvmamba_jax.tasks.detection_losses import (
     Truth,
@@ -210,6 +212,14 @@ def test_all_losses():
     assert 0 <= metrics["head_accuracy"] <= 1
 
 
+def test_bfloat16_is_traced():
+    """Under strict promotion; losses and gradients stay float32."""
+    model = abstract_model(lambda: create_detector("msvmamba_nano", rngs=SHAPE_KEYS, dtype="bfloat16", **SMALL))
+    run = lambda p, *batch: detection_loss(bind(model, p), *batch, **OPTIONS)  # noqa: E731
+    shapes = jax.eval_shape(jax.value_and_grad(run, has_aux=True), get_parameters(model), IMAGES, ground_truth(), KEYS)
+    assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
+
+
 @pytest.mark.slow
 def test_a_training_step_on_two_devices():
     """Every parameter learns, what one device computes is computed, and no activation is exchanged."""
@@ -229,3 +239,45 @@ def test_a_training_step_on_two_devices():
     assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
     found = jax.device_get(compiled(*arguments))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
+
+
+@pytest.mark.slow
+def test_a_small_detector_learns():
+    """Two images by heart: coloured ellipses are found, named and outlined."""
+    truth, rng = ground_truth(), np.random.default_rng(0)
+    masks = np.asarray(unpack_masks(truth.mask, WIDTH))
+    colours, images = rng.normal(0, 1.5, (5, 3)), rng.normal(0, 0.1, (2, HEIGHT, WIDTH, 3))
+    for i, k in np.ndindex(2, 3):
+        images[i][masks[i, k]] = colours[truth.label[i, k]]
+    images = jnp.asarray(images, jnp.float32)
+    options = SMALL | {"width": 16, "channels": 32, "hidden": 64, "drop_path": 0.0}
+    model = create_detector("msvmamba_nano", rngs=nnx.Rngs(0), **options)
+    optimiser, limits = optax.adam(2e-3), ProposalLimits(200, 100)
+
+    @jax.jit
+    def update(parameters, state, keys):
+        quota = Quota(64, 16)
+        run = lambda p: detection_loss(bind(model, p), images, truth, keys, limits=limits, head_quota=quota)  # noqa: E731
+        (loss, _), gradients = jax.value_and_grad(run, has_aux=True)(parameters)
+        updates, state = optimiser.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state, loss
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax is not strict
+        parameters = get_parameters(model)
+        state, losses = optimiser.init(parameters), []
+        for number in range(200):
+            keys = jax.random.split(jax.random.key(number), 2)
+            parameters, state, loss = update(parameters, state, keys)
+            losses.append(float(loss))
+    assert np.mean(losses[-20:]) < 0.2 * losses[0]
+
+    found = jax.jit(lambda p: detect(bind(model, p), images, truth.image_size, jnp.ones((2, 2)), limits))(parameters)
+    found = jax.device_get(found)
+    for i in range(2):
+        best = np.asarray(iou(truth.box[i][:, None], found.box[i])).argmax(1)
+        np.testing.assert_array_equal(found.label[i][best], truth.label[i])
+        assert (found.score[i][best] > 0.9).all()
+        outlines = paste_masks(found.mask[i][best], found.box[i][best], HEIGHT, WIDTH)
+        common, union = (f(outlines, masks[i]).sum((1, 2)) for f in (np.logical_and, np.logical_or))
+        print(f"mask overlaps {common / union}")
+        assert (common / union > 0.7).all()
