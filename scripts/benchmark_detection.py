@@ -47,6 +47,7 @@ from msvmamba_jax.tasks.detection_losses import Truth, detection_loss
 
 CLASSES = 80
 TRUTHS = 20
+PADDED_TRUTHS = 100  # as COCO needs it; assignment alone would notice
 
 Function = Callable[..., Any]
 
@@ -143,9 +144,9 @@ def all_classes_nms(boxes: jax.Array, scores: jax.Array) -> jax.Array:
     return lax.top_k(scores.reshape(-1), PER_IMAGE)[0]
 
 
-def matrix_assign(anchors: jax.Array, truths: jax.Array) -> jax.Array:
+def matrix_assign(anchors: jax.Array, truths: jax.Array, valid: jax.Array) -> jax.Array:
     """From the matrix of all overlaps."""
-    matrix = iou(anchors[:, None], truths)
+    matrix = lax.optimization_barrier(jnp.where(valid, iou(anchors[:, None], truths), -1.0))
     best, owner, highest = matrix.max(1), matrix.argmax(1).astype(jnp.int32), matrix.max(0)
     owner = jnp.where(best >= RPN_THRESHOLDS.positive, owner, jnp.where(best < RPN_THRESHOLDS.negative, -1, -2))
     takes = (matrix == highest) & (highest >= RPN_THRESHOLDS.low_quality)
@@ -176,6 +177,7 @@ def operators(shapes: Shapes) -> dict[str, tuple[Function, Function, tuple[Any, 
     class_boxes = jnp.repeat(regions[:, :, None], CLASSES, 2) + shapes.scores(*regions.shape[:2], CLASSES, 4)
     class_scores = shapes.scores(*regions.shape[:2], CLASSES) ** 8
     truth, anchors = shapes.truth(), pyramid_anchors(shapes.sizes)
+    padding = ((0, 0), (0, PADDED_TRUTHS - TRUTHS), (0, 0))
     positives = regions[:, : shapes.regions // 4]
     owner = jnp.asarray(shapes.rng.integers(0, TRUTHS, positives.shape[:2]), jnp.int32)
     classwise = functools.partial(multiclass_nms, score_threshold=SCORE_THRESHOLD, threshold=THRESHOLD, count=PER_IMAGE)
@@ -195,9 +197,9 @@ def operators(shapes: Shapes) -> dict[str, tuple[Function, Function, tuple[Any, 
             0.0,
         ),
         "assignment": (
-            jax.vmap(lambda x: assign(anchors, x, RPN_THRESHOLDS).truth),
-            jax.vmap(lambda x: matrix_assign(anchors, x)),
-            (truth.box,),
+            jax.vmap(lambda x, valid: assign(anchors, x, RPN_THRESHOLDS, valid_truths=valid).truth),
+            jax.vmap(lambda x, valid: matrix_assign(anchors, x, valid)),
+            (jnp.pad(truth.box, padding), jnp.pad(truth.valid, padding[:2])),
             0.0,
         ),
         "mask targets": (

@@ -15,15 +15,17 @@ MAX_LOG_RATIO = math.log(1000 / 16)  # a decoded side is at most 62.5 times, or 
 
 
 def area(boxes: jax.Array) -> jax.Array:
-    """Areas (...,) of boxes (..., 4); that of an inverted box is the product of its signed sides."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    """Areas (...,) of boxes (..., 4)."""
+    # What compilers may not do to an absolute value, or to a choice as below: fuse the product with a sum that follows,
+    # which would round otherwise. Whether overlaps are equal decides in assignment and suppression.
+    return jnp.abs((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))
 
 
 def intersection(a: jax.Array, b: jax.Array) -> jax.Array:
     """Common areas (...,) of boxes a (..., 4) and b (..., 4), element by element with broadcasting."""
     width = jnp.minimum(a[..., 2], b[..., 2]) - jnp.maximum(a[..., 0], b[..., 0])
     height = jnp.minimum(a[..., 3], b[..., 3]) - jnp.maximum(a[..., 1], b[..., 1])
-    return jnp.maximum(width, 0.0) * jnp.maximum(height, 0.0)
+    return jnp.where((width > 0.0) & (height > 0.0), width * height, 0.0)
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,17 @@ def test_by_hand():
     # One width to the right, half a height down; the same width, e times the height; in units of the deviations.
     [moved] = decode(a[:1], jnp.asarray([[10.0, 5.0, 0.0, 5.0]]), HEAD_DEVIATIONS)
     np.testing.assert_allclose(moved, [4.0, 2 - np.e, 8.0, 2 + np.e], rtol=1e-6)
+
+
+def test_overlaps_are_rounded_after_every_operation(random_boxes):
+    """The same bits as operation by operation: a fused multiply-add would break ties that the original has."""
+    rng = np.random.default_rng(1)
+    a, b = random_boxes(rng, 300)[:, None], random_boxes(rng, 200)
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    common = np.prod(np.maximum(high - low, 0), -1, dtype=np.float32)
+    sides_a, sides_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
+    union = sides_a[..., 0] * sides_a[..., 1] + sides_b[..., 0] * sides_b[..., 1] - common
+    np.testing.assert_array_equal(jax.jit(iou)(a, b), common / union)
 
 
 def test_sides_change_at_most_62_5_times():
