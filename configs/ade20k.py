@@ -15,6 +15,9 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
             "data": {
                 "source": "segmentation_folder",
                 "root": "",  # the folder with images/ and annotations/
+                "reduce_zero_label": "auto",  # whether 0 is no class; "auto": where the classes are ADE20K's
+                "name": "",  # for the source "segmentation_tfds"; empty: as scripts/prepare_ade20k.py calls ADE20K
+                "data_dir": "",  # likewise: where it was prepared
                 "workers": 8,  # processes that load and augment; 0: threads of the training process
                 "scale": (2048, 512),  # bounds of the long and the short side, pixels
                 "crop": 512,  # side of the network's input in training, pixels

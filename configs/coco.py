@@ -20,6 +20,8 @@ def recipe(model: str, *, epochs: int, drops: tuple[int, int], multi_scale: bool
                 "train_annotations": "annotations/instances_train2017.json",
                 "evaluation_images": "val2017",
                 "evaluation_annotations": "annotations/instances_val2017.json",
+                "name": "",  # for the source "coco_tfds": empty for COCO, as scripts/prepare_coco.py calls it
+                "data_dir": "",  # likewise: where it was prepared
                 "workers": 8,  # processes that load and augment; 0: threads of the training process
                 "scale": (1333, 800),  # bounds of the long and the short side, pixels
                 "multi_scale": multi_scale,  # train on short sides of 480 to 800 pixels, some after a random crop

@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "folder",
                 "root": "",  # the folder with train/ and val/
+                "name": "",  # for the source "tfds": the data set's name, such as "imagenet2012"
+                "data_dir": "",  # likewise: where it was prepared; empty: where TensorFlow Datasets looks
                 "workers": 4,  # processes that load and augment; 0: threads of the training process
                 "size": 224,
                 "resize": 256,  # of the short side, for evaluation

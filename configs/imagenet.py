@@ -15,6 +15,8 @@ def recipe(model: str, *, drop_path: float) -> ConfigDict:
             "data": {
                 "source": "folder",
                 "root": "",  # the folder with train/ and val/
+                "name": "",  # for the source "tfds": the data set's name, such as "imagenet2012"
+                "data_dir": "",  # likewise: where it was prepared; empty: where TensorFlow Datasets looks
                 "workers": 16,  # processes that load and augment; 0: threads of the training process
                 "size": 224,
                 "resize": 256,  # of the short side, for evaluation

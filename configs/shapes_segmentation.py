@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "segmentation_folder",
                 "root": "datasets/scenes",
-                "reduce_zero_label": True,  # label maps hold 0 for no class, 1 for the first one
+                "reduce_zero_label": "true",  # label maps hold 0 for no class, 1 for the first one
                 "workers": 0,  # processes that load and augment; 0: threads of the training process
                 "scale": (256, 128),  # bounds of the long and the short side, pixels
                 "crop": 128,  # side of the network's input in training, pixels

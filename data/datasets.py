@@ -143,8 +143,15 @@ def _image_dataset(
     )
 
 
+# Where data lie. A configuration has them for more than one source, and a source passes over those of the others.
+_PLACES = (
+    "root", "name", "data_dir", "train_images", "train_annotations", "evaluation_images", "evaluation_annotations",
+)  # fmt: skip
+
+
 def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := [name for name in options if name not in known]:
+    passed_over = _PLACES if known else ()
+    if unknown := [name for name in options if name not in known and name not in passed_over]:
         listed = f"; it has {', '.join(known)}" if known else ""
         raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")
 
@@ -201,9 +208,16 @@ def _segmentation_folder(options: Mapping[str, Any]) -> Dataset:
     parts = segmentation.load_segmentation_folder(
         options.get("root"),
         class_names=options.get("class_names") or None,
-        reduce_zero_label=options.get("reduce_zero_label"),
+        reduce_zero_label=_yes_no_or_auto("reduce_zero_label", options.get("reduce_zero_label", "auto")),
     )
     return _segmentation_dataset(*parts, options)
+
+
+def _yes_no_or_auto(name: str, value: Any) -> bool | None:
+    values = {"auto": None, "true": True, "false": False}
+    if str(value).lower() not in values:
+        raise InputError(f"config.data.{name} must be true, false or auto; got {value!r}.")
+    return values[str(value).lower()]
 
 
 def _segmentation_tfds(options: Mapping[str, Any]) -> Dataset:

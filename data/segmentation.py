@@ -31,6 +31,8 @@ CLASSES_FILE = "classes.txt"
 
 IGNORED = 255  # the label of pixels that count nowhere
 
+_UNKNOWN_SIZE = (32, 32)  # of the black image in the place of one whose size cannot be read; any network takes it
+
 
 class EncodedSegmentation(Protocol):
     """Random access to encoded images and their label maps; picklable."""
@@ -91,7 +93,7 @@ class SegmentationRecords:
         return {**record, "corrupt": int(corrupt)}
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of a record's image from the head of its file alone, in pixels; (1, 1) if that is damaged.
+        """Height and width of a record's image from the head of its file alone, in pixels; 32 x 32 if that is damaged.
 
         In training the record may be another one's; see the class.
 
@@ -102,7 +104,7 @@ class SegmentationRecords:
             with self.files.image(index) as file:
                 return image_size(file, name=f"of record {index}")
         except DamagedImageError:
-            return 1, 1
+            return _UNKNOWN_SIZE
 
     def _decode(self, index: int) -> dict[str, Any]:
         image_content, labels_content, image_name, labels_name = self.files.encoded(index)

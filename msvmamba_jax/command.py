@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # who read the output, such as `head`, has enough
         _discard_output()
     except Exception as error:
-        message = _storage_problem(error)
+        message = _missing_key(error) or _storage_problem(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -130,6 +131,15 @@ def _report_unraisable(problem: Any) -> None:
     """As Python does, but for what TensorStore's threads still had to say to a reader that failed."""
     if str(problem.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(problem)
+
+
+def _missing_key(error: BaseException) -> str | None:
+    """A sentence if a key was read that the configuration does not have."""
+    trace = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, (AttributeError, KeyError)) or not trace or "ml_collections" not in trace[-1].filename:
+        return None
+    key = str(error.args[0] if error.args else error).splitlines()[0].strip("\"'")
+    return f"the configuration has no key {key!r}: compare it with the files of configs/"
 
 
 def _storage_problem(error: BaseException) -> str | None:

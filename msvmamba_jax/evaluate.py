@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -26,7 +27,10 @@ _PER_CLASS = flags.DEFINE_bool(
 _THROUGHPUT = flags.DEFINE_bool("throughput", False, "Also measure images per second and milliseconds for a batch.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything, with a row for each class, to this file.")
 _DETECTIONS = flags.DEFINE_string(
-    "detections", None, "Detection: also write all that was found to this file, in COCO's results format."
+    "detections",
+    None,
+    "Detection: also write all that was found to this file, in COCO's results format; of the averaged weights, where "
+    "both kinds are evaluated.",
 )
 flags.mark_flag_as_required("config")
 
@@ -53,6 +57,9 @@ def _main() -> None:
     layout = make_layout(config.parallelism, fsdp=config.fsdp, batch_size=batch_size)
     if _DETECTIONS.value and config.task != "detection":
         raise InputError(f"--detections is for detection, but the configuration is for {config.task!r}")
+    for path in filter(None, (_JSON.value, _DETECTIONS.value)):
+        if not Path(path).absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {Path(path).absolute().parent}")
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
     wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
@@ -78,7 +85,7 @@ def _main() -> None:
         ).evaluator
         report[kind] = {**evaluator.result(), "per_class": evaluator.per_class()}
         print(f"{_NAMES[kind]}: {evaluator.sentence()}", flush=True)
-        if _DETECTIONS.value:  # of the averaged weights, where there are both
+        if _DETECTIONS.value:
             evaluator.save(_DETECTIONS.value)
         if _PER_CLASS.value if _PER_CLASS.value is not None else config.task != "classification":
             print(command.table(report[kind]["per_class"]))

@@ -108,10 +108,11 @@ def _classify(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -
 def _segment(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
     resized = resize_within(images, preprocessing) if resize else images
     _, height, width, _ = images.shape
-    probabilities = jax.nn.softmax(pixel_logits(model, normalise(resized, preprocessing), height, width))
+    logits = pixel_logits(model, normalise(resized, preprocessing), height, width)
     return {
-        "probabilities": jnp.max(probabilities, axis=-1),
-        "labels": jnp.argmax(probabilities, axis=-1).astype(jnp.int32),
+        # That of the largest alone: all of a photograph's would fill gigabytes.
+        "probabilities": jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)),
+        "labels": jnp.argmax(logits, axis=-1).astype(jnp.int32),
     }
 
 

@@ -150,7 +150,7 @@ def test_the_wheel_holds_every_source_file(files):
     for room in ROOMS:
         expected |= {f"msvmamba_jax/{path.relative_to(ROOT)}" for path in sources(room)}
     expected |= {"msvmamba_jax/py.typed", "msvmamba_jax/data/imagenet_classes.txt"}
-    expected.add("msvmamba_jax/data/ade20k_classes.txt")
+    expected |= {"msvmamba_jax/data/ade20k_classes.txt", "msvmamba_jax/data/coco_classes.txt"}
     expected.add("msvmamba_jax/kernels/selective_scan/measured.json")
     found = {file for file in files if ".dist-info/" not in file}
     assert found == expected

@@ -8,6 +8,7 @@ from typing import Any
 
 from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.data.coco import CocoRecords
+from msvmamba_jax.data.labels import placeholder_class_names
 from msvmamba_jax.data.pipeline import Dataset
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.detection.rpn import ProposalLimits
@@ -54,6 +55,13 @@ def task_of_checkpoint(config: Any, description: Description, dataset: Dataset) 
             f"the checkpoint knows {len(description.class_names)} classes, but the data of this configuration has "
             f"{len(dataset.class_names)}: evaluate with the configuration it was trained with"
         )
+    if description.class_names not in (dataset.class_names, placeholder_class_names(len(dataset.class_names))):
+        pairs = zip(description.class_names, dataset.class_names, strict=True)
+        label, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise InputError(
+            f"the checkpoint's classes are others than those of the data, or in another order: label {label} is "
+            f"{theirs!r} there and {ours!r} here"
+        )
     return _TASKS[config.task](config, description, dataset)
 
 
@@ -78,6 +86,9 @@ def _detection(config: Any, description: Description, dataset: Dataset) -> Task:
     regions = config.regions.to_dict()
     names = ("proposals", "evaluation_proposals", "anchor_samples", "region_samples")
     _reject_unknown("config.regions", regions, set(names))
+    for name in names[:2]:
+        if len(regions[name]) != 2:
+            raise InputError(f"config.regions.{name} must be two numbers, before and after; got {regions[name]!r}")
     return Detection(
         description=description,
         records=dataset.evaluation,

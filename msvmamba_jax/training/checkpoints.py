@@ -7,7 +7,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from msvmamba_jax.checkpoint import Description
+from msvmamba_jax.checkpoint import Description, available_weights
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.training.step import State
 
@@ -64,6 +64,12 @@ class RunCheckpoints:
                     f"{self._manager.directory.parent} holds a run with another {what} "
                     f"({_short(saved.get(key))}, not {_short(mine[key])}): choose another --workdir"
                 )
+        averaged = "ema" in available_weights(folder)
+        if averaged != ("ema" in abstract_state):
+            raise InputError(
+                f"the run in {self._manager.directory.parent} was started {'with' if averaged else 'without'} averaged "
+                "weights: set config.ema_decay as it was, or choose another --workdir"
+            )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             return self._manager.restore(step, args=args)["state"]

@@ -184,20 +184,24 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
 
     try:
         interval, step, stopped_by = Interval(), start, stop.agreed()
+        compiled: set[Any] = set()  # shapes of batches that there is a program for
         while step < steps and stopped_by is None:
             with interval.paused():  # writing a trace takes seconds
                 if told := profile.at(step):
                     report.say(told)
-            state, device_metrics = step_fn(state, layout.put(interval.next_batch(batches)))
+            batch = interval.next_batch(batches)
+            shapes = tuple(array.shape for array in batch.values())
+            compiles, last = shapes not in compiled, step + 1 == steps
+            compiled.add(shapes)
+            state, device_metrics = step_fn(state, layout.put(batch))
             step += 1
             pending.append((step, device_metrics))
-            first, last = step == start + 1, step == steps
             logged = last or step % log_every == 0
             evaluated = last or step % evaluate_every == 0
             saved = evaluated or step % save_every == 0
             # Before anything of a step is told or saved, its metrics are known to be numbers.
-            settle(0 if first or logged or saved else ahead)
-            if first and not last:  # leave the compilation out of the rate
+            settle(0 if compiles or logged or saved else ahead)
+            if compiles and not last:  # leave the compilation out of the rate
                 interval.restart_clock()
             elif logged:
                 metrics = interval.finish(config.batch_size)
@@ -228,8 +232,9 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
 
 
 def _check(config: Any) -> None:
-    if config.accumulate < 1:
-        raise InputError(f"config.accumulate must be at least 1; got {config.accumulate}")
+    for name, least in (("accumulate", 1), ("pictures", 0)):
+        if config[name] < least:
+            raise InputError(f"config.{name} must be at least {least}; got {config[name]}")
     if config.batch_size % (config.accumulate * jax.device_count()):
         raise InputError(
             f"batch_size {config.batch_size} does not divide into {config.accumulate} parts "

@@ -82,6 +82,8 @@ def schedule_of(config: Any, clock: Clock) -> optax.Schedule:
         InputError: an unknown schedule, the warm-up is not shorter than the run, or a rate is negative or not finite.
     """
     options = config.optimizer
+    if options.batch_size < 1:
+        raise InputError(f"config.optimizer.batch_size must be at least 1; got {options.batch_size}")
     scale = config.batch_size / options.batch_size
     rates = {"peak": peak_rate(config), "warmup_start": options.warmup_start * scale}
     rates["minimum"] = options.minimum * scale

@@ -33,7 +33,7 @@ class Pretrained:
         weights: which of its weights are taken.
         leaves: the parameters that fit, by dotted name.
         unused: the names of those that do not.
-        classes_agree: whether its classes are the model's, so that the head could be taken as well.
+        difference: why less than the whole model was taken, as a clause; empty where nothing stood against it.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Pretrained:
     weights: Weights
     leaves: Mapping[str, np.ndarray]
     unused: tuple[str, ...]
-    classes_agree: bool
+    difference: str
 
 
 def find_pretrained(config: Any, description: Description, shapes: Mapping[str, Any]) -> Pretrained | None:
@@ -138,7 +138,10 @@ def read_pretrained(path: Path, description: Description, shapes: Mapping[str, A
         and (theirs.task == description.task or name.startswith("backbone."))
         and not name.startswith(excluded)
     }
-    return Pretrained(path, theirs.source, weights, leaves, tuple(n for n in found if n not in leaves), agree)
+    difference = "" if agree else "the classes are others"
+    if theirs.task != description.task:
+        difference = f"the checkpoint is for {theirs.task}"
+    return Pretrained(path, theirs.source, weights, leaves, tuple(n for n in found if n not in leaves), difference)
 
 
 def _report(found: Pretrained, new: Mapping[str, Any], workdir: Path) -> None:
@@ -155,7 +158,7 @@ def _report(found: Pretrained, new: Mapping[str, Any], workdir: Path) -> None:
     line = f"Starting from {found.path} ({kind} weights): {_amount(found.leaves)} loaded"
     if new:
         line += f", {_amount(new)} new"
-        line += "" if found.classes_agree else ", since the classes are others"
+        line += f", since {found.difference}" if found.difference else ""
     print(f"{line}; {workdir / 'pretrained.json'} lists them.", flush=True)
 
 

@@ -55,7 +55,8 @@ def train_step(
 
     Randomness is a function of the seed, the step and the example's place in the global batch alone. With `accumulate`
     > 1 the batch is worked through in that many parts; the update is the same as without, up to rounding, but that a
-    batch normalisation takes the statistics of each part, and their averages into its running ones.
+    batch normalisation takes the statistics of each part, and their averages into its running ones, and that losses
+    which are divided by what a batch holds (detection's) are divided part by part.
 
     Args:
         model: the model, abstract or not; only its structure is used.
@@ -116,7 +117,7 @@ def train_step(
         gradients, (statistics, metrics) = (accumulated if accumulate > 1 else gradient)(
             params, statistics, batch, keys
         )
-        if axis is not None:  # all devices hold the same number of rows, so the mean of their means is the batch's
+        if axis is not None:  # all devices hold the same number of rows
             gradients, statistics, metrics = jax.lax.pmean((gradients, statistics, metrics), axis)
         updates, opt = optimizer.update(gradients, state["opt"], params)
         params = optax.apply_updates(params, updates)

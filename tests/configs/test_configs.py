@@ -1,5 +1,6 @@
 """Every configuration makes its task, and the ImageNet recipe is the original's."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from msvmamba_jax import InputError
+from msvmamba_jax import InputError, command
 from msvmamba_jax.data.augment import Augmentation
 from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.data.datasets import load_dataset
@@ -19,7 +20,7 @@ from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessi
 from msvmamba_jax.models.parameters import abstract_model
 from msvmamba_jax.models.variants import VARIANTS, backbone_config
 from msvmamba_jax.tasks.mixing import Mixing
-from msvmamba_jax.tasks.registry import make_task
+from msvmamba_jax.tasks.registry import make_task, task_of_checkpoint
 from msvmamba_jax.training.durations import make_clock
 from msvmamba_jax.training.optimizer import schedule_of
 from msvmamba_jax.training.pretrained import find_pretrained
@@ -177,3 +178,33 @@ def test_options_of_mixing_are_checked():
     config.mix = {"mixup": 0.8, "cutmixx": 1.0}
     with pytest.raises(InputError, match="cutmixx"):
         make_task(config, dataset())
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("tiny", "tfds"), ("finetune", "tfds"), ("ade20k_tiny", "segmentation_tfds"), ("coco_tiny_1x", "coco_tfds")],
+)
+def test_prepared_data_need_no_other_keys(name, source, tmp_path):
+    """What stops them here is that nothing is prepared, or that TensorFlow Datasets is not installed."""
+    config = load(name)
+    config.data.update(
+        {"source": source, "name": "imagenet2012" if source == "tfds" else "", "data_dir": str(tmp_path)}
+    )
+    with pytest.raises(InputError, match=r"not prepared|TensorFlow Datasets|run 'python|prepare"):
+        load_dataset(config.data)
+
+
+def test_a_checkpoint_of_other_classes_is_not_evaluated():
+    config = load("nano")
+    theirs = make_task(config, dataset()).description
+    swapped = dataclasses.replace(theirs, class_names=("class 1", "class 0", *theirs.class_names[2:]))
+    with pytest.raises(InputError, match="label 0 is 'class 1' there and 'class 0' here"):
+        task_of_checkpoint(config, swapped, dataset())
+    assert task_of_checkpoint(config, theirs, dataset()).description == theirs
+
+
+def test_a_missing_key_is_named(capsys):
+    config = load("nano")
+    del config["batch_size"]
+    assert command.run(lambda: config.batch_size) == 1
+    assert capsys.readouterr().err.startswith("error: the configuration has no key 'batch_size'")
