@@ -143,14 +143,15 @@ def _image_dataset(
     )
 
 
-# Where data lie. A configuration has them for more than one source, and a source passes over those of the others.
-_PLACES = (
+# Where and how data lie. A configuration has these for more than one source, and a source passes over those of others.
+_OF_SOURCES = (
     "root", "name", "data_dir", "train_images", "train_annotations", "evaluation_images", "evaluation_annotations",
+    "reduce_zero_label",
 )  # fmt: skip
 
 
 def _reject_unknown(source: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    passed_over = _PLACES if known else ()
+    passed_over = _OF_SOURCES if known else ()
     if unknown := [name for name in options if name not in known and name not in passed_over]:
         listed = f"; it has {', '.join(known)}" if known else ""
         raise InputError(f"The data source {source!r} has no option {', '.join(map(repr, unknown))}{listed}.")

@@ -216,7 +216,7 @@ def test_a_damaged_record_for_evaluation_is_marked_and_keeps_its_size(
 def test_a_damaged_head_has_no_size(root: Path) -> None:
     (root / "images" / "validation" / "ADE_00000001.png").write_bytes(b"")
     evaluation = load(root)[1]
-    assert evaluation.image_size(1) == (1, 1) == evaluation[1]["labels"].shape
+    assert evaluation.image_size(1) == (32, 32) == evaluation[1]["labels"].shape
 
 
 def test_nothing_but_damaged_images(root: Path) -> None:

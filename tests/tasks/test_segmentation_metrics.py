@@ -57,7 +57,7 @@ def evaluated(matrix=MATRIX, names=NAMES):
 
 def test_scores_by_hand():
     # Unions: 6 + 3 + 5 = 14, 8 + 9 - 7 = 10, none, 1, 4. Truth: 9, 8, none, none, 4.
-    scores = evaluated().per_class()
+    scores = evaluated().scores()
     assert scores == [
         ClassScore("sky", 6 / 14, 6 / 9, 9),
         ClassScore("sea", 7 / 10, 7 / 8, 8),
