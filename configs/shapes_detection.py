@@ -4,7 +4,9 @@
     python -m msvmamba_jax.train --config configs/shapes_detection.py --workdir runs/objects
     python -m msvmamba_jax.evaluate --config configs/shapes_detection.py --checkpoint runs/objects
 
-Ten classes of shapes and patterned objects in COCO's form, with overlaps, crowds, tiny and large ones. For a CPU.
+Ten classes of shapes and patterned objects in COCO's form, with overlaps, crowds, tiny and large ones. 8 epochs on two
+CPU cores, which other programs used at the same time, took 27 minutes and ended at 57.0 % box and 58.9 % mask AP (82.2
+and 82.0 % at an overlap of 0.5) on the 100 evaluation images.
 """
 
 from ml_collections import ConfigDict
