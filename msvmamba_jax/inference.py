@@ -17,7 +17,7 @@ from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.parameters import Tree, bind, get_weights
 from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
-from msvmamba_jax.tasks.segmentation import pixel_logits
+from msvmamba_jax.tasks.segmentation import best_classes
 
 Predictions = dict[str, jax.Array]
 
@@ -108,12 +108,8 @@ def _classify(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -
 def _segment(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:
     resized = resize_within(images, preprocessing) if resize else images
     _, height, width, _ = images.shape
-    logits = pixel_logits(model, normalise(resized, preprocessing), height, width)
-    return {
-        # That of the largest alone: all of a photograph's would fill gigabytes.
-        "probabilities": jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)),
-        "labels": jnp.argmax(logits, axis=-1).astype(jnp.int32),
-    }
+    labels, probabilities = best_classes(model, normalise(resized, preprocessing), height, width)
+    return {"probabilities": probabilities, "labels": labels}
 
 
 def _detect(model: Any, images: jax.Array, preprocessing: Any, resize: bool) -> Predictions:

@@ -22,9 +22,13 @@ def resize_bilinear_twice(x: jax.Array, between: tuple[int, int], height: int, w
     Both are linear and separate along the axes, so two matrices make one.
     """
     for axis, middle, size in ((1, between[0], height), (2, between[1], width)):
-        matrix = _interpolation_matrix(middle, size) @ _interpolation_matrix(x.shape[axis], middle)
-        x = _times(jnp.asarray(matrix, x.dtype), x, axis)
+        x = _times(jnp.asarray(two_step_matrix(x.shape[axis], middle, size), x.dtype), x, axis)
     return x
+
+
+def two_step_matrix(old: int, middle: int, new: int) -> np.ndarray:
+    """(new, old): the weights of a resize to `middle` positions and then to `new`, along one axis."""
+    return _interpolation_matrix(middle, new) @ _interpolation_matrix(old, middle)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
 from msvmamba_jax.models.resize import resize_bilinear, resize_bilinear_twice
-from msvmamba_jax.tasks.segmentation import IGNORED, Segmentation
+from msvmamba_jax.tasks.segmentation import IGNORED, Segmentation, best_classes, pixel_logits
 
 CLASSES = 3
 
@@ -118,3 +118,13 @@ def test_resizing_twice_in_one(between, size):
     x = jax.random.normal(jax.random.key(0), (2, 5, 7, 4))
     expected = resize_bilinear(resize_bilinear(x, *between), *size)
     np.testing.assert_allclose(resize_bilinear_twice(x, between, *size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "rows"), [(31, 8), (16, 16), (5, 64)])
+def test_classes_in_bands(images, height, rows):
+    pixels = jnp.asarray(images, jnp.float32) / 64 - 2
+    logits = pixel_logits(Slanted(), pixels, height, 25)
+    labels, probabilities = best_classes(Slanted(), pixels, height, 25, rows)
+    assert labels.shape == probabilities.shape == (2, height, 25)
+    assert (np.asarray(labels) == np.asarray(logits).argmax(-1)).mean() > 0.999
+    np.testing.assert_allclose(probabilities, np.asarray(jax.nn.softmax(logits)).max(-1), rtol=1e-5)
