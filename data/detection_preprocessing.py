@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from msvmamba_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, three_numbers
+from msvmamba_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Settings, three_numbers
 from msvmamba_jax.data.resizing import rescale_size, resize_image, scale_factors
 from msvmamba_jax.data.segmentation_preprocessing import check_image, checked_scale
 from msvmamba_jax.errors import InputError
@@ -18,7 +18,7 @@ DIVISOR = 32  # the coarsest stride of the feature pyramid's input
 
 
 @dataclasses.dataclass(frozen=True)
-class DetectionPreprocessing:
+class DetectionPreprocessing(Settings):
     """How an image is prepared for evaluation and prediction.
 
     Attributes:
@@ -48,25 +48,6 @@ class DetectionPreprocessing:
     def nominal_size(self) -> tuple[int, int]:
         """Height and width for which costs are stated: those of the scale, on its side and padded."""
         return round_up(self.scale[1], self.divisor), round_up(self.scale[0], self.divisor)
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as numbers and lists, as `json` writes and reads them."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> DetectionPreprocessing:
-        """The inverse of `to_json`; settings that are absent keep their defaults.
-
-        Raises:
-            InputError: a key is unknown, or a value is of the wrong kind or range.
-        """
-        if not isinstance(settings, Mapping):
-            raise InputError(f"Preprocessing: the settings must be a table of names and values, not {settings!r}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [str(key) for key in settings if key not in known]:
-            raise InputError(f"Preprocessing: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
-        return cls(**settings)
 
     def prepared_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width to which an image of this height and width is resized."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,31 @@ _MAX_ASPECT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
+class Settings:
+    """Settings that a checkpoint remembers: the fields of a frozen dataclass, to JSON and back."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as numbers, strings and lists, as `json` writes and reads them."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; settings that are absent keep their defaults.
+
+        Raises:
+            InputError: a key is unknown, or a value is of the wrong kind or range.
+        """
+        if not isinstance(settings, Mapping):
+            raise InputError(f"Preprocessing: the settings must be a table of names and values, not {settings!r}.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [str(key) for key in settings if key not in known]:
+            raise InputError(f"Preprocessing: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
+        return cls(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing(Settings):
     """How an image is prepared for evaluation and prediction.
 
     Attributes:
@@ -69,25 +93,6 @@ class Preprocessing:
     def nominal_size(self) -> tuple[int, int]:
         """Height and width of what a model is fed."""
         return self.size, self.size
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as numbers, strings and lists, as `json` writes and reads them."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_json`; settings that are absent keep their defaults.
-
-        Raises:
-            InputError: a key is unknown, or a value is of the wrong kind or range.
-        """
-        if not isinstance(settings, Mapping):
-            raise InputError(f"Preprocessing: the settings must be a table of names and values, not {settings!r}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [str(key) for key in settings if key not in known]:
-            raise InputError(f"Preprocessing: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
-        return cls(**settings)
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """Resizes the short side to `resize` and cuts the square centre, by the rules of torchvision's transforms.

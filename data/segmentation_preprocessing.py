@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from msvmamba_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, three_numbers
+from msvmamba_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Settings, three_numbers
 from msvmamba_jax.data.resizing import rescale_size, rescale_size_by_ratio, resize_image
 from msvmamba_jax.errors import InputError
 
@@ -17,7 +17,7 @@ TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's; each without
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationPreprocessing:
+class SegmentationPreprocessing(Settings):
     """How an image is prepared for evaluation and prediction.
 
     Attributes:
@@ -44,24 +44,6 @@ class SegmentationPreprocessing:
     def nominal_size(self) -> tuple[int, int]:
         """Height and width for which costs are stated: those of the scale, on its side."""
         return self.scale[1], self.scale[0]
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings as numbers and lists, as `json` writes and reads them."""
-        return {name: list(value) for name, value in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> SegmentationPreprocessing:
-        """The inverse of `to_json`; settings that are absent keep their defaults.
-
-        Raises:
-            InputError: a key is unknown, or a value is of the wrong kind or range.
-        """
-        if not isinstance(settings, Mapping):
-            raise InputError(f"Preprocessing: the settings must be a table of names and values, not {settings!r}.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [str(key) for key in settings if key not in known]:
-            raise InputError(f"Preprocessing: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
-        return cls(**settings)
 
     def prepared_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that `prepare` gives an image of this height and width."""

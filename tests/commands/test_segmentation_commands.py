@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +13,6 @@ from msvmamba_jax import inference_function
 from msvmamba_jax.checkpoint import load_checkpoint, read_description
 from msvmamba_jax.data.images import read_image
 
-ROOT = Path(__file__).parents[2]
 pytest.importorskip("cv2")
 
 TINY = (
@@ -27,30 +22,6 @@ TINY = (
     "--config.optimizer.warmup=1 step", "--config.log_every=1 step", "--config.evaluate_every=4 steps",
     "--config.save_every=2 steps", "--config.pictures=2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def call(tmp_path_factory):
-    """Runs a command of this package or a script; standard output."""
-    cache = tmp_path_factory.mktemp("compiled")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-
-    def call(*command, status=0):
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert done.returncode == status, done.stderr
-        return done.stdout if status == 0 else done.stderr
-
-    return call
 
 
 @pytest.fixture(scope="module")
