@@ -7,16 +7,19 @@ Both versions of an operator run in this process on the same made-up proposals, 
 obvious ones are what the definitions say: RoIAlign from whole maps, one suppression step for each box, a matrix of all
 overlaps, all masks unpacked at once.
 
-Of a detector, a share is the time of a part run alone on inputs of the same shapes over the time of the whole:
-`backbone` (for training forward and backward), `rpn` (pyramid and RPN, likewise), `roi_align` (of both heads, likewise)
-and `suppression` (proposals, and classes for inference). Training is loss and gradients, without the optimiser.
+Of a detector, a share is the part of the time in which the GPU works that its profile gives to `backbone`, `fpn`,
+`rpn`, `proposals` and so on, forward and, for training, backward (a fusion counts where its result belongs). On a CPU
+there are no shares. Training is loss and gradients, without the optimiser. "ms" is by the clock, "busy" without the
+gaps between programs. Compiling takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +32,7 @@ from flax import nnx
 from jax import lax
 
 from msvmamba_jax import command
-from msvmamba_jax.kernels.selective_scan.measurement import median_seconds, relative_error
+from msvmamba_jax.kernels.selective_scan.measurement import Program, median_seconds, profiled, relative_error
 from msvmamba_jax.models.detection.anchors import STRIDES, pyramid_anchors
 from msvmamba_jax.models.detection.assignment import RPN_THRESHOLDS, assign
 from msvmamba_jax.models.detection.boxes import iou
@@ -37,9 +40,6 @@ from msvmamba_jax.models.detection.inference import PER_IMAGE, SCORE_THRESHOLD, 
 from msvmamba_jax.models.detection.masks import mask_targets, unpack_masks
 from msvmamba_jax.models.detection.nms import multiclass_nms, nms, overlaps
 from msvmamba_jax.models.detection.roi_align import axis_weights, region_levels, roi_align, sampling_grid
-from msvmamba_jax.models.detection.rpn import TEST_LIMITS, TRAINING_LIMITS, propose
-from msvmamba_jax.models.detection.sampling import HEAD_QUOTA
-from msvmamba_jax.models.detector import pyramid_sizes
 from msvmamba_jax.models.flops import stage_sizes
 from msvmamba_jax.models.parameters import bind, get_parameters
 from msvmamba_jax.models.variants import create_detector
@@ -48,6 +48,19 @@ from msvmamba_jax.tasks.detection_losses import Truth, detection_loss
 CLASSES = 80
 TRUTHS = 20
 PADDED_TRUTHS = 100  # as COCO needs it; assignment alone would notice
+PARTS = (
+    "backbone",
+    "fpn",
+    "rpn",
+    "proposals",
+    "rpn_losses",
+    "regions",
+    "roi_align",
+    "box_head",
+    "mask_head",
+    "mask_targets",
+    "suppression",
+)
 
 Function = Callable[..., Any]
 
@@ -222,73 +235,46 @@ def compare(ours: Function, other: Function, inputs: tuple[Any, ...], tolerance:
     return {"ours_ms": milliseconds[0], "obvious_ms": milliseconds[1], "ratio": milliseconds[1] / milliseconds[0]}
 
 
-def whole(shapes: Shapes, options: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
-    """Images per second of inference and training, and the shares of parts."""
-    model = create_detector(**options, rngs=nnx.Rngs(0))
-    parameters, truth = get_parameters(model), shapes.truth()
+def detectors(shapes: Shapes, options: dict[str, Any]) -> tuple[Any, dict[str, Function]]:
+    """Random weights of a detector, and its inference and training, which each takes as its only argument."""
+    model, truth = create_detector(**options, rngs=nnx.Rngs(0)), shapes.truth()
     images = jnp.asarray(shapes.rng.standard_normal((shapes.batch, shapes.height, shapes.width, 3)), jnp.float32)
     scales = jnp.ones((shapes.batch, 2))
     keys = jax.random.split(jax.random.key(0), shapes.batch)
-    bound = lambda p: bind(model, p)  # noqa: E731
-    features = jax.jit(lambda p: bound(p).features(images))(parameters)
-    pyramid = jax.jit(lambda p: bound(p).fpn(features))(parameters)
-    logits, deltas = jax.jit(lambda p: bound(p).rpn_head(pyramid))(parameters)
-
-    def heads(p: Any, maps: Sequence[jax.Array]) -> Any:
-        levels = bound(p).fpn(maps)
-        return levels, bound(p).rpn_head(levels)
-
-    def aligned(maps: Sequence[jax.Array], counts: tuple[int, int]) -> list[jax.Array]:
-        return [
-            roi_align(maps[:4], shapes.boxes(shapes.batch, count), strides=STRIDES[:4], bins=bins)
-            for count, bins in zip(counts, (7, 14), strict=True)
-        ]
-
-    def gradient(function: Function) -> Function:
-        total = lambda *x: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in jax.tree.leaves(function(*x)))  # noqa: E731
-        return jax.value_and_grad(total, argnums=0)
-
-    sizes = pyramid_sizes(pyramid)
-    class_boxes = jnp.repeat(shapes.boxes(shapes.batch, 1000)[:, :, None], CLASSES, 2)
-    class_scores = shapes.scores(shapes.batch, 1000, CLASSES) ** 8
-    classwise = functools.partial(multiclass_nms, score_threshold=SCORE_THRESHOLD, threshold=THRESHOLD, count=PER_IMAGE)
-    work: dict[str, dict[str, tuple[Function, tuple[Any, ...]]]] = {
-        "inference": {
-            "whole": (lambda p: detect(bound(p), images, truth.image_size, scales), (parameters,)),
-            "backbone": (lambda p: bound(p).features(images), (parameters,)),
-            "rpn": (heads, (parameters, features)),
-            "roi_align": (lambda maps: aligned(maps, (1000, PER_IMAGE)), (pyramid,)),
-            "suppression": (
-                lambda x, y, boxes, scores: (
-                    propose(x, y, sizes, truth.image_size, TEST_LIMITS),
-                    jax.vmap(classwise)(boxes, scores),
-                ),
-                (logits, deltas, class_boxes, class_scores),
-            ),
-        },
-        "training": {
-            "whole": (
-                jax.grad(lambda p: detection_loss(bound(p), images, truth, keys)[0]),
-                (parameters,),
-            ),
-            "backbone": (gradient(lambda p: bound(p).features(images)), (parameters,)),
-            "rpn": (gradient(heads), (parameters, features)),
-            "roi_align": (gradient(lambda maps: aligned(maps, HEAD_QUOTA)), (pyramid,)),
-            "suppression": (lambda x, y: propose(x, y, sizes, truth.image_size, TRAINING_LIMITS), (logits, deltas)),
-        },
+    return get_parameters(model), {
+        "inference": lambda parameters: detect(bind(model, parameters), images, truth.image_size, scales),
+        "training": jax.grad(lambda parameters: detection_loss(bind(model, parameters), images, truth, keys)[0]),
     }
-    rows = []
-    for name, parts in work.items():
-        seconds = {part: median_seconds(functools.partial(jax.jit(f), *x), repeats) for part, (f, x) in parts.items()}
-        total = seconds.pop("whole")
-        rows.append(
-            {
-                "name": name,
-                "images_per_second": shapes.batch / total,
-                "shares": {part: value / total for part, value in seconds.items()},
-            }
-        )
-    return rows
+
+
+def whole(function: Function, parameters: Any, batch: int, repeats: int) -> dict[str, Any]:
+    """Images per second and, on a GPU, milliseconds in which it works, and the share of each part in these."""
+    lowered = jax.jit(function).lower(parameters)
+    compiled = lowered.compile()
+    seconds = median_seconds(functools.partial(compiled, parameters), repeats)
+    row = {"ms": 1e3 * seconds, "images_per_second": batch / seconds}
+    if jax.devices()[0].platform != "gpu":
+        return row
+    # Of what XLA puts into a CUDA graph the profiler only tells which graph it belongs to.
+    compiled = lowered.compile({"xla_gpu_graph_min_graph_size": 1_000_000})
+    jax.block_until_ready(compiled(parameters))
+    programs = profiled(functools.partial(compiled, parameters), repeats)
+    busy, share = parts(compiled.as_text(), programs)
+    return row | {"busy_ms": 1e-6 * busy / repeats, "shares": share}
+
+
+def parts(text: str, programs: Sequence[Program]) -> tuple[float, dict[str, float]]:
+    """The time of all programs, in nanoseconds, and the share of each part of the detector, largest first.
+
+    A part is a `jax.named_scope`: that of an instruction of the compiled HLO `text` is the innermost in its metadata.
+    """
+    scopes = dict(re.findall(r"%([\w.-]+) = [^\n]*op_name=\"([^\"]*)\"", text))
+    times: collections.Counter[str] = collections.Counter()
+    for program in programs:
+        found = re.findall(rf"\b({'|'.join(PARTS)})\b", scopes.get(program.operation, ""))
+        times[found[-1] if found else "other"] += program.end - program.start
+    total = times.total()
+    return total, {part: time / total for part, time in times.most_common()}
 
 
 def main() -> int:
@@ -300,7 +286,9 @@ def main() -> int:
     parser.add_argument("--regions", type=int, default=512, help="regions of an image for single operators")
     parser.add_argument("--channels", type=int, default=256, help="of the pyramid")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--operators-only", action="store_true", help="leave out whole detectors")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--operators-only", action="store_true", help="leave out whole detectors")
+    only.add_argument("--detectors-only", action="store_true", help="leave out single operators")
     parser.add_argument("--quick", action="store_true", help="small shapes and a small detector, for a CPU")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -313,21 +301,30 @@ def main() -> int:
         parser.error("--batch, --size, --regions, --channels and --repeats must be at least 1")
 
     device = jax.devices()[0].device_kind
-    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "operators": {}, "detectors": []}
+    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "operators": {}, "detectors": {}}
+
+    def save() -> None:
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=1))
+
     shapes = Shapes(arguments)
     print(f"{device}, jax {jax.__version__}, {shapes.batch} images of {shapes.height} x {shapes.width}, bfloat16 maps")
     print(f"{'operator':<22} {'ours ms':>10} {'obvious ms':>11} {'ratio':>7}")
-    for name, (ours, other, inputs, tolerance) in operators(shapes).items():
+    for name, (ours, other, inputs, tolerance) in {} if arguments.detectors_only else operators(shapes).items():
         row = compare(ours, other, inputs, tolerance, arguments.repeats)
         report["operators"][name] = row
         print(f"{name:<22} {row['ours_ms']:>10.2f} {row['obvious_ms']:>11.2f} {row['ratio']:>7.1f}", flush=True)
+        save()
     if not arguments.operators_only:
-        for row in whole(shapes, options, arguments.repeats):
-            report["detectors"].append(row)
-            shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in row["shares"].items())
-            print(f"{arguments.variant}, {row['name']}: {row['images_per_second']:.1f} images/s; {shares}", flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1))
+        parameters, functions = detectors(shapes, options)
+        for name, function in functions.items():
+            row = whole(function, parameters, shapes.batch, arguments.repeats)
+            report["detectors"][name] = row
+            rate = f"{row['ms']:.1f} ms, {row['images_per_second']:.1f} images/s"
+            busy = f"; busy {row['busy_ms']:.1f} ms: " if "shares" in row else ""
+            shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in row.get("shares", {}).items())
+            print(f"{arguments.variant}, {name}: {rate}{busy}{shares}", flush=True)
+            save()
     return 0
 
 

@@ -170,29 +170,54 @@ def busy(execute: Callable[[], Any], repeats: int) -> tuple[float, float | None]
     if jax.devices()[0].platform != "gpu":
         return median_seconds(execute, repeats), None
     count = math.ceil(_REPEAT_SECONDS / median_seconds(execute, 1))
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
     found = []
     for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, profiler_options=options):
-                for _ in range(count):
-                    result = execute()
-                jax.block_until_ready(result)
-            spans = [span for file in Path(folder).rglob("*.xplane.pb") for span in _on_the_gpu(file)]
-        if not spans:
-            raise RuntimeError("the profiler saw nothing on the GPU: is CUPTI installed, and may this user profile?")
-        found.append((1e-9 * covered(spans) / count, len(spans) / count))
+        programs = profiled(execute, count)
+        spans = ((program.start, program.end) for program in programs)
+        found.append((1e-9 * covered(spans) / count, len(programs) / count))
     return statistics.median(seconds for seconds, _ in found), found[-1][1]
 
 
-def _on_the_gpu(file: Path) -> Iterator[tuple[float, float]]:
-    """Start and end, in nanoseconds, of whatever a profile shows on the streams of a GPU."""
+class Program(NamedTuple):
+    """A program or copy that ran on a GPU.
+
+    Attributes:
+        start, end: nanoseconds.
+        operation: name of the instruction in the compiled HLO, or of the command buffer that it was part of.
+    """
+
+    start: float
+    end: float
+    operation: str
+
+
+def profiled(execute: Callable[[], Any], count: int) -> list[Program]:
+    """What runs on the GPU's streams while `execute()`, compiled already, is called `count` times.
+
+    Raises:
+        RuntimeError: if the profiler sees nothing.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(count):
+                result = execute()
+            jax.block_until_ready(result)
+        programs = [program for file in Path(folder).rglob("*.xplane.pb") for program in _on_the_gpu(file)]
+    if not programs:
+        raise RuntimeError("the profiler saw nothing on the GPU: is CUPTI installed, and may this user profile?")
+    return programs
+
+
+def _on_the_gpu(file: Path) -> Iterator[Program]:
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if plane.name.startswith("/device:GPU"):
             for line in plane.lines:
                 if line.name.startswith("Stream"):
-                    yield from ((event.start_ns, event.start_ns + event.duration_ns) for event in line.events)
+                    for event in line.events:
+                        operation = str(dict(event.stats).get("hlo_op", ""))
+                        yield Program(event.start_ns, event.start_ns + event.duration_ns, operation)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

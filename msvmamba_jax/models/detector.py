@@ -58,6 +58,7 @@ class Detector(nnx.Module):
         self.box_head = BoxHead(channels, hidden, num_classes, dtype=dtype, rngs=rngs)
         self.mask_head = MaskHead(channels, num_classes, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("backbone")
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """The normalised maps of the four stages, strides 4, 8, 16 and 32; see `Backbone`."""
         return [norm(x) for norm, x in zip(self.out_norms, self.backbone(images, keys), strict=True)]

@@ -106,6 +106,7 @@ def detection_loss(
     return sum(losses.values(), jnp.zeros(())), losses | {"head_accuracy": head.accuracy}
 
 
+@jax.named_scope("rpn_losses")
 def rpn_losses(
     logits: jax.Array,
     deltas: jax.Array,
@@ -166,6 +167,7 @@ class Regions(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("regions")
 def choose_regions(proposals: Proposals, truth: Truth, keys: jax.Array | None, quota: Quota = HEAD_QUOTA) -> Regions:
     """Chooses regions among the ground-truth boxes and the proposals; `keys` (b,), None if the quota takes all."""
     count = proposals.box.shape[1]

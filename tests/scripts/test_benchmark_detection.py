@@ -6,9 +6,11 @@ import argparse
 import functools
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -43,6 +45,38 @@ def test_a_wrong_version_is_refused():
         module.compare(lambda x: x, lambda x: 1.1 * x, (jnp.ones(3),), 0.05, repeats=1)
     with pytest.raises(AssertionError, match="the two versions differ by nan"):
         module.compare(lambda x: x, lambda x: x * jnp.nan, (jnp.ones(3),), 0.05, repeats=1)
+
+
+def test_the_time_of_a_program_goes_to_its_innermost_part():
+    @jax.named_scope("rpn")
+    def inner(x):
+        return jnp.sin(x)
+
+    @jax.named_scope("backbone")
+    def outer(x):
+        return inner(x @ x) @ x
+
+    text = jax.jit(jax.grad(lambda x: jnp.sum(outer(x)))).lower(jnp.ones((8, 8))).compile().as_text()
+    names = {
+        part: re.findall(rf'%([\w.-]+) = [^\n]*op_name="[^"]*\b{part}\b[^"]*"', text) for part in ("rpn", "backbone")
+    }
+    product = next(name for name in names["backbone"] if name not in names["rpn"])
+    programs = [module.Program(0, 30, names["rpn"][0]), module.Program(40, 90, product), module.Program(0, 20, "graph")]
+    total, shares = module.parts(text, programs)
+    assert total == 100
+    assert shares == {"backbone": 0.5, "rpn": 0.3, "other": 0.2}
+    assert list(shares) == ["backbone", "rpn", "other"]
+
+
+def test_parts_are_scopes_of_the_detector():
+    options = {"name": "msvmamba_nano", "width": 8, "depths": (1, 1, 1, 1), "channels": 8, "hidden": 16}
+    shapes = module.Shapes(argparse.Namespace(batch=1, size=(64, 64), regions=8, channels=8))
+    parameters, functions = module.detectors(shapes, options)
+    text = {name: jax.jit(function).lower(parameters).as_text(debug_info=True) for name, function in functions.items()}
+    for part in module.PARTS:
+        scopes = [name for name in text if re.search(rf'[/("]{part}[/)"]', text[name])]
+        assert "training" in scopes or part == "suppression", part
+        assert "inference" in scopes or part in ("rpn_losses", "regions", "mask_targets"), part
 
 
 def test_the_report(monkeypatch, tmp_path, capsys):

@@ -78,5 +78,5 @@ def inside(sizes: Sequence[tuple[int, int]], size: jax.Array, strides: Sequence[
     for (height, width), stride in zip(sizes, strides, strict=True):
         rows, columns = -(-size[0] // stride), -(-size[1] // stride)
         mask = (jnp.arange(height) < rows)[:, None] & (jnp.arange(width) < columns)
-        masks.append(jnp.repeat(mask.reshape(-1), PER_POSITION, total_repeat_length=height * width * PER_POSITION))
+        masks.append(jnp.broadcast_to(mask[..., None], (height, width, PER_POSITION)).reshape(-1))
     return jnp.concatenate(masks)

@@ -27,6 +27,7 @@ class FPN(nnx.Module):
         self.laterals = nnx.List(linear(width, channels, xavier_init, dtype=dtype, rngs=rngs) for width in widths)
         self.outputs = nnx.List(Convolution(channels, channels, xavier_init, dtype=dtype, rngs=rngs) for _ in widths)
 
+    @jax.named_scope("fpn")
     def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:
         """Maps (b, h_i, w_i, widths[i]), finest first -> as many levels (b, h_i, w_i, channels) and one more.
 

@@ -32,6 +32,7 @@ class BoxHead(nnx.Module):
         self.score = linear(hidden, num_classes + 1, nnx.initializers.normal(0.01), dtype=jnp.float32, rngs=rngs)
         self.delta = linear(hidden, num_classes * 4, nnx.initializers.normal(0.001), dtype=jnp.float32, rngs=rngs)
 
+    @jax.named_scope("box_head")
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Regions (..., 7, 7, c) -> logits (..., classes + 1), background last, offsets (..., classes, 4); float32."""
         leading = x.shape[:-3]
@@ -56,6 +57,7 @@ class MaskHead(nnx.Module):
         self.upsample = Deconvolution(channels, channels, dtype=dtype, rngs=rngs)
         self.score = linear(channels, num_classes, kaiming_init(num_classes), dtype=jnp.float32, rngs=rngs)
 
+    @jax.named_scope("mask_head")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Regions (..., 14, 14, c) -> logits (..., 28, 28, classes), float32."""
         leading = x.shape[:-3]

@@ -32,6 +32,7 @@ def unpack_masks(bits: jax.Array, width: int) -> jax.Array:
     return unpacked.reshape(*bits.shape[:-1], -1)[..., :width].astype(bool)
 
 
+@jax.named_scope("mask_targets")
 def mask_targets(
     bits: jax.Array, boxes: jax.Array, truth: jax.Array, image_size: jax.Array, size: int = MASK_SIZE
 ) -> jax.Array:

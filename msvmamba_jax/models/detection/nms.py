@@ -108,6 +108,7 @@ class Detections(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("suppression")
 def multiclass_nms(
     boxes: jax.Array, scores: jax.Array, *, score_threshold: float, threshold: float, count: int
 ) -> Detections:

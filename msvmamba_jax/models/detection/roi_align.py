@@ -41,6 +41,7 @@ def region_levels(boxes: jax.Array, levels: int = 4) -> jax.Array:
     return jnp.clip(jnp.floor(jnp.log2(side / FINEST_SIZE + 1e-6)), 0, levels - 1).astype(jnp.int32)
 
 
+@jax.named_scope("roi_align")
 def roi_align(
     pyramid: Sequence[jax.Array],
     boxes: jax.Array,

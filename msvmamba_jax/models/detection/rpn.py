@@ -39,6 +39,7 @@ class RPNHead(nnx.Module):
         self.score = linear(channels, PER_POSITION, init, dtype=jnp.float32, rngs=rngs)
         self.delta = linear(channels, PER_POSITION * 4, init, dtype=jnp.float32, rngs=rngs)
 
+    @jax.named_scope("rpn")
     def __call__(self, pyramid: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Levels (b, h_i, w_i, c) -> logits (b, n), offsets (b, n, 4), float32, in the order of `pyramid_anchors`."""
         batch = pyramid[0].shape[0]
@@ -82,6 +83,7 @@ class Proposals(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("proposals")
 def propose(
     logits: jax.Array, deltas: jax.Array, sizes: Sizes, image_sizes: jax.Array, limits: ProposalLimits
 ) -> Proposals:
