@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # who read the output, such as `head`, has enough
         _discard_output()
     except Exception as error:
-        message = _missing_key(error) or _storage_problem(error)
+        message = _missing_key(error) or _storage_problem(error) or _memory_problem(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -153,6 +154,18 @@ def _storage_problem(error: BaseException) -> str | None:
         if "No space left on device" in str(cause) or "RESOURCE_EXHAUSTED: Error writing" in str(cause):
             return "the disk is full: free some space and run the same command again"
     return None
+
+
+def _memory_problem(error: BaseException) -> str | None:
+    """A sentence if the device ran out of memory."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED: Out of memory" not in message:
+        return None
+    asked = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B)", message)
+    return (
+        f"the device ran out of memory{f' (asked for {asked[1]} at once)' if asked else ''}: use a smaller batch; for "
+        "training, config.accumulate=2 works a batch through in two parts, and config.remat=True keeps less of blocks"
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -280,6 +280,20 @@ def test_convert_to_a_full_disk(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_device_without_memory(run):
+    def main():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 43.76GiB with allocator GPU_0_bfc on device 0."
+        )
+
+    outcome = run(types.SimpleNamespace(__name__="train", _main=main))
+    assert outcome.status == 1
+    assert outcome.err.startswith(
+        "error: the device ran out of memory (asked for 43.76GiB at once): use a smaller batch"
+    )
+    assert outcome.err.count("\n") == 1
+
+
 # predict
 
 
