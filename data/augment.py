@@ -65,16 +65,17 @@ class Augmentation:
         """Augments the image of a training record.
 
         Args:
-            record: with ``"image"``, uint8 (height, width, 3) of any size; it is not changed.
+            record: with ``"image"``, uint8 (height, width, 3) of any size, or Pillow's RGB image; it is not changed.
             rng: the only source of randomness.
 
         Returns:
             The record with a new image, uint8 (size, size, 3).
         """
         image = record["image"]
-        top, left, height, width = random_crop(image.shape[0], image.shape[1], rng, scale=self.scale, ratio=self.ratio)
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        top, left, height, width = random_crop(picture.height, picture.width, rng, scale=self.scale, ratio=self.ratio)
         # Cut first, as torchvision does: a filter that saw beyond the crop's border would give other pixels there.
-        crop = Image.fromarray(image[top : top + height, left : left + width])
+        crop = picture.crop((left, top, left + width, top + height))
         crop = crop.resize((self.size, self.size), INTERPOLATIONS[self.interpolation])
         if rng.random() < self.flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from msvmamba_jax.data.images import DamagedImageError, decode_image
+from msvmamba_jax.data.images import DamagedImageError, decode_image, decode_picture
 from msvmamba_jax.errors import InputError
 
 _LOGGER = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ class DecodedImages:
         """Decodes a record.
 
         Returns:
-            ``{"image": uint8 (height, width, 3), "label": int, "corrupt": 0 or 1}``. Where nothing takes the place of a
-            damaged image it is one black pixel.
+            ``{"image": uint8 (height, width, 3), "label": int, "corrupt": 0 or 1}``; for training the image is one of
+            Pillow's, RGB, as `Augmentation` takes it. Where nothing takes the place of a damaged image it is one black
+            pixel.
 
         Raises:
             IndexError: there is no such record.
@@ -78,7 +79,8 @@ class DecodedImages:
 
         def decode(index: int) -> dict[str, Any]:
             content, label, name = self.images.encoded(index)
-            return {"image": decode_image(content, name=name), "label": label}
+            decoder = decode_picture if self.training else decode_image
+            return {"image": decoder(content, name=name), "label": label}
 
         record, corrupt = decode_or_substitute(decode, index, len(self), training=self.training)
         if record is None:

@@ -82,6 +82,14 @@ def decode_image(data: bytes | IO[bytes], *, name: str) -> np.ndarray:
     Raises:
         DamagedImageError: the content is damaged, no image, or too large.
     """
+    return np.array(decode_picture(data, name=name))
+
+
+def decode_picture(data: bytes | IO[bytes], *, name: str) -> Image.Image:
+    """As `decode_image`, but an RGB image of Pillow's with all of its pixels in memory.
+
+    For what Pillow works on next: to make an array of a photograph and an image again takes a tenth of its decoding.
+    """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         with Image.open(file, formats=_known_formats()) as image:
@@ -89,7 +97,7 @@ def decode_image(data: bytes | IO[bytes], *, name: str) -> np.ndarray:
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels")
             image.load()
-            return np.array(_to_rgb(_upright(image), image.format))
+            return _to_rgb(_upright(image), image.format)
     except Image.UnidentifiedImageError as error:
         raise DamagedImageError(f"{name} is not an image that can be read; JPEG and PNG files are.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

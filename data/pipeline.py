@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import flags
 
+from msvmamba_jax.data import handover
 from msvmamba_jax.errors import InputError
 
 Record = dict[str, Any]  # such as {"image": uint8 (height, width, 3), "label": int}
@@ -140,24 +141,22 @@ def train_batches(
     # Seeds of their own, since those that Grain would derive change with the number of transformations in between.
     shuffle_seed, augment_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
 
+    # Maps over numbers: a Grain source would measure every record that it gives.
     if dataset.train_groups is None and dataset.train_slots is None:
-        records = grain.MapDataset.source(dataset.train).shuffle(shuffle_seed)[:epoch_records].repeat(None)
+        numbers = grain.MapDataset.range(len(dataset.train)).shuffle(shuffle_seed)[:epoch_records].repeat(None)
+        records = numbers.map(dataset.train.__getitem__)
     else:
         ordered = _OrderedRecords(dataset.train, dataset.train_groups, dataset.train_slots, batch_size, shuffle_seed)
         records = grain.MapDataset.range(_ENDLESS).map(ordered)
     # Before the processes part: the generator is seeded by the position in the global order.
     records = records.random_map(dataset.augment, seed=augment_seed)
-    records = records[process_index::process_count].map(_arrays)
+    if process_count > 1:
+        records = records[process_index::process_count]
     # Batched here, a batch is one item for the workers, and its step is its index.
-    batches = records.batch(local_batch, drop_remainder=True)[start_step:]
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags here, also in a notebook or a program without absl.
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    else:
-        batches = batches.to_iter_dataset(_thread_options(grain))
-    return _iterate(iter(batches))
+    if not workers:
+        batches = records.batch(local_batch, drop_remainder=True, batch_fn=_stack)[start_step:]
+        return _iterate(iter(batches.to_iter_dataset(_thread_options(grain))))
+    return _from_workers(grain, records, local_batch, start_step, workers)
 
 
 def plan_evaluation(dataset: Dataset, *, batch_size: int) -> EvaluationPlan:
@@ -232,6 +231,21 @@ def _iterate(batches: Any) -> Generator[Batch, None, None]:
         batches.close()
 
 
+def _from_workers(
+    grain: Any, records: Any, batch_size: int, start_step: int, workers: int
+) -> Generator[Batch, None, None]:
+    """The batches of `records` from `start_step` on, made by worker processes; see `handover`."""
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags here, also in a notebook or a program without absl.
+        flags.FLAGS.mark_as_parsed()
+    with handover.shared_folder() as folder:
+        send = functools.partial(_send, handover.Sender(folder))
+        batches = records.batch(batch_size, drop_remainder=True, batch_fn=send)[start_step:]
+        # No threads in a worker: it has nothing to do while it makes a batch, and the queue behind it holds two.
+        batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        yield from _iterate(iter(batches.map(handover.Receiver())))
+
+
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise InputError(f"{name} must be at least 1, but is {value}.")
@@ -254,6 +268,15 @@ def _arrays(example: Record) -> Record:
         for name, value in example.items()
         if not isinstance(value, str)
     }
+
+
+def _stack(examples: Sequence[Record]) -> Batch:
+    arrays = [_arrays(example) for example in examples]
+    return {name: np.stack([example[name] for example in arrays]) for name in arrays[0]}
+
+
+def _send(sender: handover.Sender, examples: Sequence[Record]) -> handover.Sent:
+    return sender([_arrays(example) for example in examples])
 
 
 class _OrderedRecords:
@@ -303,8 +326,7 @@ def _evaluation_batch(dataset: Dataset, process_index: int, process_count: int, 
     for index in local[local >= 0] if local[0] >= 0 else rows[:1]:  # for its shape, where all are padding
         record = dict(dataset.evaluation[int(index)])
         mask.append(not record.pop("corrupt", 0) and local[0] >= 0)
-        examples.append(_arrays(dataset.prepare(record)))
+        examples.append(dataset.prepare(record))
     padding = len(local) - len(examples)
     examples += examples[:1] * padding
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    return {**batch, "mask": np.array(mask + [False] * padding)}
+    return {**_stack(examples), "mask": np.array(mask + [False] * padding)}

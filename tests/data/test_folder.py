@@ -287,7 +287,7 @@ def test_quirks_of_imagenet_are_decoded(root: Path) -> None:
     save(folder / "turned.JPEG", 5, format="JPEG", exif=exif)
     save(folder / "damaged_exif.JPEG", 6, format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
     source = dataset(root)
-    shapes = [source.train[index]["image"].shape for index in range(5, 11)]
+    shapes = [np.asarray(source.train[index]["image"]).shape for index in range(5, 11)]
     assert shapes == [(36, 48, 3)] * 5 + [(48, 36, 3)]
     assert not any(source.train[index]["corrupt"] for index in range(5, 11))
 

@@ -113,6 +113,25 @@ def test_workers_change_nothing(digits: Dataset, workers: int) -> None:
     assert_same(inline, take(digits, 7, batch_size=256, seed=5, start_step=1, workers=workers))
 
 
+def test_memory_that_workers_use_again_holds_the_right_batch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = set()
+    receive = pipeline.handover.Receiver.__call__
+
+    def noted(self: Any, sent: Any) -> Batch:
+        regions.add(sent.path)
+        return receive(self, sent)
+
+    monkeypatch.setattr(pipeline.handover.Receiver, "__call__", noted)
+    options = {"batch_size": 16, "seed": 5, "start_step": 0}
+    with (
+        contextlib.closing(pipeline.train_batches(digits, **options)) as inline,
+        contextlib.closing(pipeline.train_batches(digits, **options, workers=1)) as batches,
+    ):
+        for _ in range(40):
+            assert_same([next(inline)], [next(batches)])  # and dropped
+    assert len(regions) < 10
+
+
 def test_workers_from_a_script(tmp_path: Path, digits: Dataset) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -91,7 +91,7 @@ def test_records(prepared: Path) -> None:
     heights = []
     for index in range(6):
         record = source.train[index]
-        number = len(record["image"]) - 20  # the files' order is one of hashes
+        number = record["image"].height - 20  # the files' order is one of hashes
         heights.append(number)
         np.testing.assert_array_equal(record["image"], pixels(number))
         assert record["label"] == number % 2
