@@ -31,13 +31,15 @@ def _main() -> int | None:
     from msvmamba_jax.data.datasets import load_dataset
     from msvmamba_jax.tasks.registry import make_task
     from msvmamba_jax.training.loop import train
-    from msvmamba_jax.training.processes import join
+    from msvmamba_jax.training.processes import join, together
 
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     command.keep_compiled_programs()
     config = _CONFIG.value
-    dataset = load_dataset(config.data)
-    stopped_by = train(config, make_task(config, dataset), dataset, Path(_WORKDIR.value))
+    with together():
+        dataset = load_dataset(config.data)
+        task = make_task(config, dataset)
+    stopped_by = train(config, task, dataset, Path(_WORKDIR.value))
     return None if stopped_by is None else 128 + stopped_by
 
 

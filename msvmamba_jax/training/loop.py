@@ -29,7 +29,7 @@ from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmup_steps
 from msvmamba_jax.training.parallelism import make_layout
 from msvmamba_jax.training.pretrained import find_pretrained, with_pretrained
-from msvmamba_jax.training.processes import is_main, largest
+from msvmamba_jax.training.processes import is_main, largest, together
 from msvmamba_jax.training.step import initial_state, predict_step, train_step, weights_of
 from msvmamba_jax.training.watching import Interval, Profile
 
@@ -107,8 +107,9 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
 
     # Resume: the latest checkpoint in the workdir, or a fresh start.
     pretrained = None
-    if not RunCheckpoints.any_in(workdir):
-        pretrained = find_pretrained(config, task.description, dict(flatten(get_weights(model))))
+    with together():
+        if not RunCheckpoints.any_in(workdir):
+            pretrained = find_pretrained(config, task.description, dict(flatten(get_weights(model))))
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = RunCheckpoints(workdir, task.description)
     start = checkpoints.latest_step() or 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from msvmamba_jax.data.labels import placeholder_class_names
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.parameters import check_fit, count, flatten, unflatten
-from msvmamba_jax.training.processes import is_main
+from msvmamba_jax.training.processes import is_main, same
 from msvmamba_jax.training.step import State, weights_of
 
 _SIZES = ("mixer", "width", "depths", "states")  # of the options of a backbone, those that its parameters depend on
@@ -76,19 +78,32 @@ def with_pretrained(state: State, found: Pretrained, workdir: Path) -> State:
         state: see `initial_state`.
         found: what goes into it.
         workdir: the run's folder.
+
+    Raises:
+        InputError: the processes of the run have found different weights. All must call it.
     """
+    checksum = functools.reduce(lambda value, x: zlib.crc32(x.tobytes(), value), found.leaves.values(), 0)
+    if not same(checksum >> 1):
+        raise InputError(
+            f"{found.path} (config.pretrained) is not the same on all processes: put it where they all read one file"
+        )
     shapes = dict(flatten(weights_of(state, "raw")))
     if is_main():
         _report(found, {name: leaf for name, leaf in shapes.items() if name not in found.leaves}, workdir)
     filled = {
         tree: {
-            name: jax.device_put(found.leaves[name], old.sharding) if name in found.leaves else old
+            name: _placed(found.leaves[name], old.sharding) if name in found.leaves else old
             for name, old in flatten(state[tree])
         }
         for tree in ("params", "batch_stats", "ema")
         if tree in state
     }
     return {**state, **{tree: unflatten(leaves) for tree, leaves in filled.items()}}
+
+
+def _placed(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    # With several processes `device_put` would compare every array among them.
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def read_pretrained(path: Path, description: Description, shapes: Mapping[str, Any]) -> Pretrained:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from msvmamba_jax.errors import InputError
+
+_REASON = 1000  # bytes of another process's reason that are told
 
 
 def join(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
@@ -60,6 +63,46 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def total(value: int) -> int:
+    """The sum of the values that the processes give; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.sum(multihost_utils.process_allgather(np.int32(value))))
+
+
+def same(value: int) -> bool:
+    """Whether all processes give the same value, of 31 bits; all must call it."""
+    return largest(value) == -largest(-value)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is done here succeeds on all processes or ends all of them, or those that went on would wait for ever.
+
+    All must enter it, and nothing in it may wait for the other processes.
+
+    Raises:
+        InputError: it failed on another process, with that one's reason. Its own exception goes on as it is.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if jax.process_count() > 1:
+        reason = "" if error is None else str(error) or type(error).__name__
+        row = np.zeros(_REASON, np.uint8)
+        encoded = reason.encode()[:_REASON]
+        row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        rows = multihost_utils.process_allgather(row)
+        failed = np.flatnonzero(rows[:, 0])
+        if error is None and failed.size:
+            first = bytes(rows[failed[0]]).rstrip(b"\0").decode(errors="ignore")
+            raise InputError(f"on process {failed[0]}: {first}")
+    if error is not None:
+        raise error
 
 
 def gather_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.training.processes import total
 
 _LAST = ("train/learning_rate",)  # a schedule is shown as it stands, not as it was on average
 
@@ -67,12 +68,12 @@ class Interval:
             self._began += time.perf_counter() - begin
 
     def finish(self, batch_size: int) -> dict[str, float]:
-        """The metrics of the interval; a new one begins.
+        """The metrics of the interval; a new one begins. All processes must call it.
 
         Returns:
             The averages, and `train/images_per_second`; `train/waiting_share`, the part of the time, 0..1, in which
             the loop had no batch; `train/memory_gib`, see `peak_memory`; and where the data tell it
-            `train/corrupt_images`, the damaged images of this interval that another one stood in for.
+            `train/corrupt_images`, the damaged images of this interval that another one stood in for, on all processes.
         """
         seconds = max(time.perf_counter() - self._began, 1e-9)
         metrics = {name: self._last[name] if name in _LAST else s / self._steps for name, s in self._sums.items()}
@@ -80,7 +81,7 @@ class Interval:
         metrics["train/waiting_share"] = min(self._waited / seconds, 1.0)
         metrics["train/memory_gib"] = peak_memory() / 2**30
         if self._corrupt is not None:
-            metrics["train/corrupt_images"] = float(self._corrupt)
+            metrics["train/corrupt_images"] = float(total(self._corrupt))
         self._reset()
         return metrics
 

@@ -20,6 +20,7 @@ from msvmamba_jax.data.pipeline import train_batches
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_input.py"
 spec = importlib.util.spec_from_file_location("benchmark_input", SCRIPT)
 benchmark_input = importlib.util.module_from_spec(spec)
+sys.modules["benchmark_input"] = benchmark_input  # dataclasses look their module up
 spec.loader.exec_module(benchmark_input)
 
 

@@ -136,34 +136,21 @@ def test_a_stopped_run_saves_and_is_put_back(tmp_path: Path) -> None:
 def test_tasks_find_each_other_and_train(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     arguments = [
-        f"--config={ROOT / 'configs' / 'digits.py'}", f"--workdir={workdir}", "--config.duration=40 steps",
+        f"--config={ROOT / 'configs' / 'digits.py'}", f"--workdir={workdir}", "--config.duration=2 steps",
         "--config.batch_size=8", "--config.model.width=16", "--config.model.depths=(1,1,1,1)", "--config.pictures=0",
-        "--config.evaluate_every=1000 steps", "--config.save_every=1000 steps", "--config.log_every=1 step",
-        "--config.evaluation_per_device=60",
+        "--config.log_every=1 step", "--config.evaluation_per_device=60", "--config.ema_decay=0",
     ]  # fmt: skip
-    python = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n'
     variables = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what it compiles runs for two steps
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-
-    def reached(step: int) -> bool:
-        metrics = workdir / "metrics.jsonl"
-        return metrics.is_file() and f'{{"step": {step},' in metrics.read_text()
-
+    python = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n'
     with Job(tmp_path, python, *arguments, **variables) as job:
-        wait_for(lambda: reached(3), job, 400)
-        job.process.send_signal(signal.SIGTERM)
-        status, output = job.end(200)
-    assert status == 143, output
-    assert "2 x cpu of 2 processes" in output
-    assert job.logged()[-1] == f"scontrol requeue {job.number}"
-    with Job(tmp_path, python, *arguments, **variables) as job:  # as Slurm would start it again
-        status, output = job.end(400)
+        status, output = job.end(600)
     assert status == 0, output
-    assert "going on from step" in output
-    steps = [line["step"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())]
-    assert steps[-1] == 40
+    assert "2 x cpu of 2 processes" in output
+    lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+    assert [line["step"] for line in lines if "train/loss" in line] == [2]  # step 1 compiles; one process writes
+    assert lines[-1]["eval/images"] == 360

@@ -29,6 +29,7 @@ from msvmamba_jax.models.parameters import (
     unflatten,
 )
 from msvmamba_jax.tasks.registry import make_task
+from msvmamba_jax.training import pretrained
 from msvmamba_jax.training.loop import train
 from msvmamba_jax.training.optimizer import adamw, all_but_vectors, layers
 from msvmamba_jax.training.pretrained import find_pretrained, read_pretrained, with_pretrained
@@ -290,6 +291,22 @@ def test_a_checkpoint_that_lacks_a_parameter(tmp_path):
 def test_impossible_options(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         find_pretrained(configuration(**options), description(), shapes())
+
+
+def test_processes_that_read_different_files(monkeypatch, released, tmp_path):
+    found, sums = read_pretrained(released, description(), shapes()), []
+    state = {"params": zeros(10)}
+
+    def differ(value):
+        sums.append(value)
+        return False
+
+    monkeypatch.setattr(pretrained, "same", differ)
+    for leaves in (found.leaves, {name: leaf + (name == "norm.bias") for name, leaf in found.leaves.items()}):
+        with pytest.raises(InputError, match="not the same on all processes"):
+            with_pretrained(state, dataclasses.replace(found, leaves=leaves), tmp_path)
+    assert sums[0] != sums[1]
+    assert all(0 <= value < 2**31 for value in sums)
 
 
 def test_a_file_of_something_else(tmp_path):

@@ -29,7 +29,8 @@ def slow(clock, seconds, **fields):
         yield {"image": np.zeros((4, 2, 2, 3), np.uint8), **fields}
 
 
-def test_interval(clock):
+def test_interval(clock, monkeypatch):
+    monkeypatch.setattr(watching, "total", lambda value: 3 * value)  # as if of three processes
     interval = watching.Interval()
     batches = slow(clock, 1.0, corrupt=np.array([0, 1, 0, 1], np.int32))
     assert set(interval.next_batch(batches)) == {"image"}
@@ -47,7 +48,7 @@ def test_interval(clock):
     assert metrics["train/learning_rate"] == 2.0
     assert metrics["train/images_per_second"] == pytest.approx(1.0)
     assert metrics["train/waiting_share"] == pytest.approx(0.25)
-    assert metrics["train/corrupt_images"] == 6
+    assert metrics["train/corrupt_images"] == 18
     assert 0.01 < metrics["train/memory_gib"] < 1000
 
     interval.next_batch(slow(clock, 0.5))  # a new interval, data that count no damaged images
