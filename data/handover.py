@@ -113,9 +113,8 @@ class Receiver:
             with open(sent.path, "r+b") as file:
                 memory = mmap.mmap(file.fileno(), 0)
             self._regions[sent.region] = (sent.path, memory)
-            with contextlib.suppress(
-                OSError
-            ):  # Without a name it cannot outlive its users; Windows keeps it until then.
+            # Without a name it cannot outlive its users; Windows keeps it until then.
+            with contextlib.suppress(OSError):
                 os.unlink(sent.path)
         arrays = {
             name: np.ndarray(shape, dtype, buffer=memory, offset=start)
@@ -131,9 +130,7 @@ def _make_region(folder: str, size: int) -> tuple[str, mmap.mmap]:
     try:
         descriptor, path = tempfile.mkstemp(dir=folder)
         with open(descriptor, "r+b") as file:
-            file.write(
-                bytes(size)
-            )  # Written, it is known to be there: a page that cannot be had would kill the worker.
+            file.write(bytes(size))  # written, it is there: a page that cannot be had would kill the worker
             file.flush()
             return path, mmap.mmap(file.fileno(), size)
     except OSError as error:
