@@ -9,11 +9,9 @@ same files, with any number of processes.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from msvmamba_jax.data import making
 from msvmamba_jax.data.object_scenes import Instance, ObjectScene, draw_object_scene
 from msvmamba_jax.data.run_lengths import run_lengths
 from msvmamba_jax.data.scenes import THINGS
-from msvmamba_jax.errors import InputError
 from msvmamba_jax.pictures_detection import detection_picture
 
 CATEGORY_IDS = (1, 2, 3, 5, 6, 8, 11, 13, 16, 20)  # of the classes, in their order
@@ -144,47 +141,19 @@ def preview(*, seed: int, low: int, high: int, rows: int = 3, columns: int = 4) 
         boxes[:, 2:] += boxes[:, :2]
         names = [THINGS[instance.label] + ("s" if instance.crowd else "") for instance in instances]
         tiles.append(detection_picture(image, boxes, masks, np.arange(len(names)), None, names))
-    width, height = (max(size) + 16 for size in zip(*(tile.size for tile in tiles), strict=True))
-    sheet = Image.new("RGB", (columns * width + 16, rows * height + 16), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % columns * width + 16, number // columns * height + 16))
-    return sheet
+    return making.contact_sheet(tiles, columns=columns, gap=16)
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python scripts/make_objects_dataset.py datasets/objects --preview objects.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("root", type=Path, help="folder to make, with train2017/, val2017/ and annotations/")
-    parser.add_argument("--train", type=int, default=1000, help="training images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=100, help="evaluation images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--low", type=int, default=128, help="least side, in pixels (default: %(default)s)")
-    parser.add_argument("--high", type=int, default=192, help="greatest side, in pixels (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: as many as CPUs")
-    parser.add_argument("--preview", type=Path, help="a PNG file to draw the first scenes into")
-    arguments = parser.parse_args()
-    if min(arguments.train, arguments.val, arguments.processes) < 1 or arguments.seed < 0:
-        parser.error("--train, --val and --processes must be at least 1, --seed not negative")
-    if not 64 <= arguments.low <= arguments.high:
-        parser.error("--low must be at least 64, and --high at least --low")
-    look = {"seed": arguments.seed, "low": arguments.low, "high": arguments.high}
+    options = making.parse_scene_options(
+        __doc__, example="scripts/make_objects_dataset.py datasets/objects --preview objects.png",
+        contents="train2017/, val2017/ and annotations/", train=1000, val=100, low=128, high=192, least=64,
+    )  # fmt: skip
     for module in ("cv2", "pycocotools"):
         if importlib.util.find_spec(module) is None:
             sys.exit("error: masks are encoded with OpenCV and pycocotools: pip install 'msvmamba_jax[data]'")
-    try:
-        make(arguments.root, train=arguments.train, val=arguments.val, processes=arguments.processes, **look)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    if arguments.preview:
-        try:
-            preview(**look).save(arguments.preview)
-        except (OSError, ValueError) as error:  # ValueError: no image format has this extension
-            sys.exit(f"error: cannot write {arguments.preview}: {error}")
-    print(f"{arguments.root}: {arguments.train + arguments.val} images of {len(THINGS)} classes")
+    making.make_scenes(options, make, preview, classes=len(THINGS))
 
 
 if __name__ == "__main__":

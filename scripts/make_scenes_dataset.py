@@ -8,10 +8,7 @@ processes.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,6 @@ from PIL import Image
 from msvmamba_jax.data import making
 from msvmamba_jax.data.scenes import CLASSES, Scene, draw_scene
 from msvmamba_jax.data.segmentation import CLASSES_FILE, EVALUATION, TRAIN
-from msvmamba_jax.errors import InputError
 from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay
 
 _QUALITY = 90
@@ -73,44 +69,16 @@ def preview(*, seed: int, low: int, high: int, rows: int = 3, columns: int = 2) 
         tile.paste(plain, (16, 16))
         tile.paste(labelled, (16 + plain.width, 0))
         tiles.append(tile)
-    width, height = (max(size) for size in zip(*(tile.size for tile in tiles), strict=True))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % columns * width, number // columns * height))
-    return sheet
+    return making.contact_sheet(tiles, columns=columns)
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python scripts/make_scenes_dataset.py datasets/scenes --preview scenes.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("root", type=Path, help="folder to make, with images/, annotations/ and classes.txt")
-    parser.add_argument("--train", type=int, default=600, help="training images (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=100, help="evaluation images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--low", type=int, default=96, help="least side, in pixels (default: %(default)s)")
-    parser.add_argument("--high", type=int, default=200, help="greatest side, in pixels (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: as many as CPUs")
-    parser.add_argument("--preview", type=Path, help="a PNG file to draw the first scenes into")
-    arguments = parser.parse_args()
-    if min(arguments.train, arguments.val, arguments.processes) < 1 or arguments.seed < 0:
-        parser.error("--train, --val and --processes must be at least 1, --seed not negative")
-    if not 32 <= arguments.low <= arguments.high:
-        parser.error("--low must be at least 32, and --high at least --low")
-    look = {"seed": arguments.seed, "low": arguments.low, "high": arguments.high}
-    try:
-        make(arguments.root, train=arguments.train, val=arguments.val, processes=arguments.processes, **look)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    if arguments.preview:
-        try:
-            preview(**look).save(arguments.preview)
-        except (OSError, ValueError) as error:  # ValueError: no image format has this extension
-            sys.exit(f"error: cannot write {arguments.preview}: {error}")
-    print(f"{arguments.root}: {arguments.train + arguments.val} images of {len(CLASSES)} classes")
+    options = making.parse_scene_options(
+        __doc__, example="scripts/make_scenes_dataset.py datasets/scenes --preview scenes.png",
+        contents="images/, annotations/ and classes.txt", train=600, val=100, low=96, high=200, least=32,
+    )  # fmt: skip
+    making.make_scenes(options, make, preview, classes=len(CLASSES))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import datasets, encoded, pipeline, tfds
+from msvmamba_jax.data import datasets, pipeline, tfds
 from msvmamba_jax.data.pipeline import Batch, Dataset
 from msvmamba_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("nothing_reported")
 
 
 def pixels(number: int) -> np.ndarray:
@@ -67,11 +69,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for builder in (TinyShapes, TinyText):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "_reported", set())
 
 
 def load(folder: Path, **options: Any) -> Dataset:
@@ -132,7 +129,7 @@ def test_pickle(prepared: Path) -> None:
         ({"name": "tiny_text"}, "'image' and 'label'"),
         ({"train_split": "training"}, "no split 'training'; it has 'train', 'validation'"),
         ({"name": ""}, "--config.data.name"),
-        ({"root": "x"}, "'root'"),
+        ({"rooot": "x"}, "'rooot'"),
     ],
 )
 def test_what_cannot_be_read(prepared: Path, options: dict[str, Any], message: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import shutil
 import sys
-import types
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvmamba_jax.data import encoded, tfds
+from msvmamba_jax.data import tfds
 from msvmamba_jax.data.ade20k import ade20k_class_names
 from msvmamba_jax.data.segmentation import SegmentationRecords, load_segmentation_folder
 from msvmamba_jax.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_ade20k.py"
+SCRIPT = "prepare_ade20k"
 COUNT = {"training": 6, "validation": 3}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def installed() -> None:
-    pytest.importorskip("tensorflow_datasets")
-
-
-@pytest.fixture(scope="module")
-def script() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_ade20k", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("prepare", "nothing_reported")
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         damaged.write_bytes(damaged.read_bytes()[:-200])
     (root / "objectInfo150.txt").write_text("x")
     return root
-
-
-def run(script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare_ade20k.py", *map(str, arguments)])
-    script.main()
-
-
-@pytest.fixture(scope="module")
-def prepared(folder: Path, script: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data_dir = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run(script, monkeypatch, folder, data_dir)
-    return data_dir
-
-
-@pytest.fixture(autouse=True)
-def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "_reported", set())
 
 
 def load(data_dir: Path, **options: Any) -> tuple[SegmentationRecords, SegmentationRecords, tuple[str, ...]]:
@@ -105,12 +73,12 @@ def test_the_folder_comes_back(prepared: Path, folder: Path, caplog: pytest.LogC
     assert "tensorflow" not in sys.modules
 
 
-def test_the_zip_file(folder: Path, script: types.ModuleType, monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_zip_file(folder: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
     archive = tmp_path / "ADEChallengeData2016.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(folder.rglob("*")):
             file.write(path, Path(folder.name) / path.relative_to(folder))
-    run(script, monkeypatch, archive, tmp_path / "prepared")
+    prepare(archive, tmp_path / "prepared")
     assert_equals_the_folder(tmp_path / "prepared", folder)
 
 
@@ -128,17 +96,7 @@ def test_features_name_the_labels(prepared: Path) -> None:
     assert features["labels"].names == ["other", *ade20k_class_names()]
 
 
-def test_what_is_not_there(
-    folder: Path, script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def stopped(source: Path) -> str:
-        with pytest.raises(SystemExit) as stop:
-            run(script, monkeypatch, source, tmp_path / "prepared")
-        message = str(stop.value)
-        assert message.startswith("error: ")
-        assert "\n" not in message
-        return message
-
+def test_what_is_not_there(stopped: Callable[[Path], str], folder: Path, tmp_path: Path) -> None:
     assert f"There is neither {tmp_path / 'ADEChallengeData2016'} nor" in stopped(tmp_path)
     (tmp_path / "ADEChallengeData2016.zip").write_bytes(b"x")
     assert "is damaged" in stopped(tmp_path / "ADEChallengeData2016.zip")
@@ -158,11 +116,11 @@ def test_what_cannot_be_read(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_tensorflow_datasets_is_not_installed(
-    folder: Path, script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, prepare: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     monkeypatch.delitem(sys.modules, "msvmamba_jax.data.tfds_ade20k", raising=False)
     with pytest.raises(SystemExit, match=r"pip install 'msvmamba_jax\[data,tfds\]'"):
-        run(script, monkeypatch, folder, tmp_path / "prepared")
+        prepare(folder, tmp_path / "prepared")
     with pytest.raises(InputError, match=r"pip install 'msvmamba_jax\[data,tfds\]'"):
         load(tmp_path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 import sys
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,13 @@ import numpy as np
 import pytest
 from coco_files import CATEGORIES, annotation, content, make, write
 
-from msvmamba_jax.data import encoded, tfds
+from msvmamba_jax.data import tfds
 from msvmamba_jax.data.coco import CocoRecords, load_coco
 from msvmamba_jax.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_coco.py"
+SCRIPT = "prepare_coco"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def installed() -> None:
-    pytest.importorskip("tensorflow_datasets")
-
-
-@pytest.fixture(scope="module")
-def script() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_coco", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.usefixtures("prepare", "nothing_reported")
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         damaged = root / f"{split}2017" / "000000000005.png"
         damaged.write_bytes(damaged.read_bytes()[:-200])
     return root
-
-
-def run(script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare_coco.py", *map(str, arguments)])
-    script.main()
-
-
-@pytest.fixture(scope="module")
-def prepared(folder: Path, script: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data_dir = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run(script, monkeypatch, folder, data_dir)
-    return data_dir
-
-
-@pytest.fixture(autouse=True)
-def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "_reported", set())
 
 
 def load(data_dir: Path, **options: Any) -> tuple[CocoRecords, CocoRecords, tuple[str, ...]]:
@@ -98,15 +66,13 @@ def test_the_folder_comes_back(prepared: Path, folder: Path, caplog: pytest.LogC
     assert "tensorflow" not in sys.modules
 
 
-def test_an_own_data_set_in_other_places(
-    script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_own_data_set_in_other_places(prepare: Callable[..., None], tmp_path: Path) -> None:
     root = make(tmp_path / "own")
     write(root, "train", {**content(), "annotations": [annotation(1, 5), annotation(2, 34, ignore=1)]})
     (root / "train2017").rename(root / "pictures")
     (root / "annotations" / "instances_train2017.json").rename(root / "all.json")
     places = ("--train_images", "pictures", "--train_annotations=all.json")
-    run(script, monkeypatch, root, tmp_path / "prepared", *places)
+    prepare(root, tmp_path / "prepared", *places)
     train, evaluation, _ = load(tmp_path / "prepared")
     assert train.image_ids.tolist() == [5]
     assert len(evaluation) == 5
@@ -119,9 +85,7 @@ def test_pickle(prepared: Path) -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(train))[0]["image"], train[0]["image"])
 
 
-def test_many_records_stay_in_order(
-    folder: Path, script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_many_records_stay_in_order(folder: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
     """In several files, as COCO's are; the numbers of the images are no order of theirs."""
     import tensorflow_datasets
 
@@ -134,8 +98,8 @@ def test_many_records_stay_in_order(
     assert_equals_the_folder(tmp_path, folder)
 
 
-def test_metadata_that_do_not_fit(folder: Path, script: types.ModuleType, monkeypatch: Any, tmp_path: Path) -> None:
-    run(script, monkeypatch, folder, tmp_path)
+def test_metadata_that_do_not_fit(folder: Path, prepare: Callable[..., None], tmp_path: Path) -> None:
+    prepare(folder, tmp_path)
     path = tmp_path / "coco_instances" / "1.0.0" / "metadata.json"
     known = json.loads(path.read_text())
     known["splits"]["train"]["image_ids"].reverse()
@@ -147,17 +111,7 @@ def test_metadata_that_do_not_fit(folder: Path, script: types.ModuleType, monkey
         load(tmp_path)
 
 
-def test_what_is_not_there(
-    folder: Path, script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def stopped(source: Path) -> str:
-        with pytest.raises(SystemExit) as stop:
-            run(script, monkeypatch, source, tmp_path / "prepared")
-        message = str(stop.value)
-        assert message.startswith("error: ")
-        assert "\n" not in message
-        return message
-
+def test_what_is_not_there(stopped: Callable[[Path], str], folder: Path, tmp_path: Path) -> None:
     assert f"There is no folder {tmp_path / 'nowhere'}" in stopped(tmp_path / "nowhere")
     assert f"Cannot read {tmp_path / 'annotations' / 'instances_val2017.json'}" in stopped(tmp_path)
     root = make(tmp_path / "copy")
@@ -178,11 +132,11 @@ def test_what_cannot_be_read(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_tensorflow_datasets_is_not_installed(
-    folder: Path, script: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, prepare: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     monkeypatch.delitem(sys.modules, "msvmamba_jax.data.tfds_coco", raising=False)
     with pytest.raises(SystemExit, match=r"pip install 'msvmamba_jax\[data,tfds\]'"):
-        run(script, monkeypatch, folder, tmp_path / "prepared")
+        prepare(folder, tmp_path / "prepared")
     with pytest.raises(InputError, match=r"pip install 'msvmamba_jax\[data,tfds\]'"):
         load(tmp_path)

@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_scripts import check_options, check_that_nothing_is_overwritten, contents, load_script, run
 from PIL import Image
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
@@ -18,27 +18,9 @@ from pycocotools.coco import COCO
 from msvmamba_jax.data.object_scenes import Instance
 from msvmamba_jax.data.scenes import THINGS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_objects_dataset.py"
-spec = importlib.util.spec_from_file_location("make_objects_dataset", SCRIPT)
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # worker processes find the functions under this name
-spec.loader.exec_module(script)
+script = load_script("make_objects_dataset")
 
 LOOK = {"seed": 0, "low": 128, "high": 192}
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # for the worker processes
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["make_objects_dataset.py", *map(str, arguments)])
-    script.main()
-
-
-def contents(root):
-    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def overlap(first, second):
@@ -47,11 +29,11 @@ def overlap(first, second):
 
 def test_the_folder_is_read_back_and_reproducible(monkeypatch, tmp_path):
     sizes = ("--low", 80, "--high", 120)
-    run(monkeypatch, tmp_path / "one", "--train", 7, "--val", 4, "--processes", 1, *sizes)
-    run(monkeypatch, tmp_path / "two", "--train", 7, "--val", 4, "--processes", 2, *sizes)
+    run(monkeypatch, script, tmp_path / "one", "--train", 7, "--val", 4, "--processes", 1, *sizes)
+    run(monkeypatch, script, tmp_path / "two", "--train", 7, "--val", 4, "--processes", 2, *sizes)
     assert len(contents(tmp_path / "one")) == 13
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    run(monkeypatch, tmp_path / "three", "--train", 1, "--val", 1, "--seed", 1, "--processes", 1, *sizes)
+    run(monkeypatch, script, tmp_path / "three", "--train", 1, "--val", 1, "--seed", 1, "--processes", 1, *sizes)
     first = Path("train2017/000000000001.jpg")
     assert (tmp_path / "three" / first).read_bytes() != (tmp_path / "one" / first).read_bytes()
 
@@ -153,28 +135,23 @@ def test_outlines_by_hand():
 
 def test_preview(monkeypatch, tmp_path, capsys):
     options = ("--train", 1, "--val", 1, "--low", 64, "--high", 70, "--processes", 1)
-    run(monkeypatch, tmp_path / "data", "--preview", tmp_path / "objects.png", *options)
+    run(monkeypatch, script, tmp_path / "data", "--preview", tmp_path / "objects.png", *options)
     assert "2 images of 10 classes" in capsys.readouterr().out
     with Image.open(tmp_path / "objects.png") as sheet:
         assert sheet.width > 4 * 600
         colours = np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)
     assert len(colours) > 1000
     with pytest.raises(SystemExit, match="cannot write"):
-        run(monkeypatch, tmp_path / "other", "--preview", tmp_path / "objects.unknown", *options)
+        run(monkeypatch, script, tmp_path / "other", "--preview", tmp_path / "objects.unknown", *options)
 
 
 def test_nothing_is_overwritten_and_options_are_checked(monkeypatch, tmp_path):
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists and is not empty"):
-        run(monkeypatch, root)
-    assert list(root.iterdir()) == [root / "mine.txt"]
+    check_that_nothing_is_overwritten(monkeypatch, script, tmp_path / "data")
+    check_options(monkeypatch, script, tmp_path / "other", least=64)
+
+
+def test_needs_opencv_and_pycocotools(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'msvmamba_jax\[data\]'"):
-        run(monkeypatch, tmp_path / "other")
-    monkeypatch.undo()
-    for options in (("--train", 0), ("--low", 32), ("--low", 100, "--high", 99)):
-        with pytest.raises(SystemExit):
-            run(monkeypatch, tmp_path / "other", *options)
+        run(monkeypatch, script, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from dataset_scripts import contents, load_script, run
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -15,30 +12,12 @@ from sklearn.preprocessing import StandardScaler
 
 from msvmamba_jax.data.folder import load_folder
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_texture_dataset.py"
-spec = importlib.util.spec_from_file_location("make_texture_dataset", SCRIPT)
-textures = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = textures  # worker processes find the functions under this name
-spec.loader.exec_module(textures)
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # for the worker processes
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["make_texture_dataset.py", *map(str, arguments)])
-    textures.main()
-
-
-def contents(root):
-    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.JPEG")}
+textures = load_script("make_texture_dataset")
 
 
 def test_folder_is_shaped_like_imagenet_and_reproducible(monkeypatch, tmp_path):
-    run(monkeypatch, tmp_path / "one", "--train", 2, "--val", 1, "--processes", 1)
-    run(monkeypatch, tmp_path / "two", "--train", 2, "--val", 1, "--processes", 2)
+    run(monkeypatch, textures, tmp_path / "one", "--train", 2, "--val", 1, "--processes", 1)
+    run(monkeypatch, textures, tmp_path / "two", "--train", 2, "--val", 1, "--processes", 2)
     one = contents(tmp_path / "one")
     assert len(one) == 36
     assert len(set(one.values())) == 36
@@ -77,9 +56,9 @@ def test_nothing_is_overwritten(monkeypatch, tmp_path, content):
     else:
         root.write_text("mine")
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, root)
+        run(monkeypatch, textures, root)
     assert "exists and is not empty" in str(stopped.value)
     assert (root if content == "file" else root / "mine.txt").read_text() == "mine"
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "other", "--train", 0)
+        run(monkeypatch, textures, tmp_path / "other", "--train", 0)
     assert not (tmp_path / "other").exists()
