@@ -88,7 +88,7 @@ def decode_image(data: bytes | IO[bytes], *, name: str) -> np.ndarray:
 def decode_picture(data: bytes | IO[bytes], *, name: str) -> Image.Image:
     """As `decode_image`, but an RGB image of Pillow's with all of its pixels in memory.
 
-    For what Pillow works on next: to make an array of a photograph and an image again takes a tenth of its decoding.
+    For what Pillow works on next: an array of a photograph, and an image of that again, are two more copies of it.
     """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:

@@ -60,21 +60,23 @@ def is_main() -> bool:
 
 def largest(value: int) -> int:
     """The largest of the values that the processes give; all must call it."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return max(_of_all(value))
 
 
 def total(value: int) -> int:
     """The sum of the values that the processes give; all must call it."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.sum(multihost_utils.process_allgather(np.int32(value))))
+    return sum(_of_all(value))
 
 
 def same(value: int) -> bool:
     """Whether all processes give the same value, of 31 bits; all must call it."""
-    return largest(value) == -largest(-value)
+    return len(set(_of_all(value))) == 1
+
+
+def _of_all(value: int) -> list[int]:
+    if jax.process_count() == 1:
+        return [value]
+    return [int(x) for x in multihost_utils.process_allgather(np.int32(value))]
 
 
 @contextlib.contextmanager

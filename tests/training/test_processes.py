@@ -166,7 +166,7 @@ def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(tm
     config = tmp_path / "config.py"
     digits = Path(__file__).parents[2] / "configs" / "digits.py"
     config.write_text(FOLDER_CONFIG.format(digits=str(digits), root=str(tmp_path / "data")))
-    loaded = config_of(config)
+    loaded = runpy.run_path(str(config))["get_config"]()
     description = make_task(loaded, load_dataset(loaded.data)).description
     shapes = get_parameters(abstract_model(lambda: description.build(rngs=SHAPE_KEYS)))
     rng = np.random.default_rng(0)
@@ -196,10 +196,6 @@ def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(tm
     assert f"error: there is no checkpoint at {tmp_path / 'start1'}" in outputs[1]
     assert f"error: on process 1: there is no checkpoint at {tmp_path / 'start1'}" in outputs[0]
     assert "Traceback" not in "".join(outputs)
-
-
-def config_of(path):
-    return runpy.run_path(str(path))["get_config"]()
 
 
 COUNT_AND_FAIL = """
