@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -223,7 +224,11 @@ def in_own_process(wanted: Measurement | None) -> dict[str, Any]:
     The process that starts the others does not touch the device: it would hold a part of its memory.
     """
     task = json.dumps(wanted and dataclasses.asdict(wanted))
-    done = subprocess.run([sys.executable, __file__, "--child", task], capture_output=True, text=True, check=False)
+    # Otherwise the last line of a traceback would be JAX's note on what it left out, not the reason.
+    environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", task], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"]

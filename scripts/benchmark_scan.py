@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 
 from msvmamba_jax import command
-from msvmamba_jax.kernels.selective_scan import available_implementations
+from msvmamba_jax.kernels.selective_scan import available_implementations, implementations
 from msvmamba_jax.kernels.selective_scan.costs import Direction, special_functions, traffic
 from msvmamba_jax.kernels.selective_scan.measurement import (
     TOLERANCE,
@@ -164,20 +164,17 @@ def line(row: Row) -> str:
 def _parse() -> tuple[argparse.Namespace, list[ScanShape]]:
     """The arguments, and the shapes that they select."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    available = available_implementations()
-    here = [name for name, reason in available.items() if reason is None]
     add_options(parser)
     parser.add_argument(
         "--implementations",
-        choices=list(available),
-        default=here,
+        choices=implementations(),
         nargs="+",
         metavar="NAME",
         help="default: all that run here",
     )
     parser.add_argument(
         "--reference-implementation",
-        choices=[*available, NO_REFERENCE],
+        choices=[*implementations(), NO_REFERENCE],
         default="xla",
         metavar="NAME",
         help="measured as well, first; the others are checked against it and compared with it (default: xla); "
@@ -186,6 +183,9 @@ def _parse() -> tuple[argparse.Namespace, list[ScanShape]]:
     parser.add_argument("--quick", action="store_true", help="one small shape, once")
     parser.add_argument("--output", metavar="FILE", help="write everything to this JSON file as well")
     arguments = parser.parse_args()
+    available = available_implementations()
+    if arguments.implementations is None:
+        arguments.implementations = [name for name, reason in available.items() if reason is None]
     for name in {*arguments.implementations, arguments.reference_implementation} - {NO_REFERENCE}:
         if available[name] is not None:
             parser.error(f"the implementation {name!r} cannot run here: {available[name]}")

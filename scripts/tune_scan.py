@@ -29,7 +29,7 @@ import jax
 
 from msvmamba_jax import command
 from msvmamba_jax.kernels import selective_scan
-from msvmamba_jax.kernels.selective_scan import available_implementations
+from msvmamba_jax.kernels.selective_scan import available_implementations, implementations
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem, forced, local_device, measured
 from msvmamba_jax.kernels.selective_scan.costs import traffic
 from msvmamba_jax.kernels.selective_scan.measurement import (
@@ -144,12 +144,10 @@ def _report(sentence: str) -> None:
 def _parse() -> tuple[argparse.Namespace, list[ScanShape]]:
     """The arguments, and the shapes that they select."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    available = available_implementations()
-    backends = [name for name in available if name != "xla"]
-    parser.add_argument("implementation", choices=backends)
+    parser.add_argument("implementation", choices=[name for name in implementations() if name != "xla"])
     add_options(parser)
     arguments = parser.parse_args()
-    reason = available[arguments.implementation]
+    reason = available_implementations()[arguments.implementation]
     if reason is not None:
         parser.error(f"the implementation {arguments.implementation!r} cannot run here: {reason}")
     return arguments, selected_shapes(parser, arguments)

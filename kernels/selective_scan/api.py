@@ -49,8 +49,8 @@ def selective_scan_2d(
         implementation: a name from `implementations()`. None: the one that the environment variable MSVMAMBA_SCAN names
             when the program is traced or else the fastest that runs on the default device (`jax.default_device`, or
             a device of the default backend) and takes this scan: GPU ones take no float64, and `mosaic` takes only so
-            many states as shared memory holds. A program for the CPU of a machine with a GPU must therefore ask for
-            `xla`, or be traced with a CPU as the default device.
+            many states as shared memory holds; neither has a second derivative. A program for the CPU of a machine with
+            a GPU must therefore ask for `xla`, or be traced with a CPU as the default device.
 
     Returns:
         y (b, len(routes), h, w, d) in the dtype of `u`: for each route the output at every position *of the map*.

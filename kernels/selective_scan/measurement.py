@@ -67,13 +67,19 @@ class Measurement(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is measured, and how often."""
-    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--tasks", choices=list(TASKS), default=list(TASKS), **several)
-    parser.add_argument("--variants", choices=VARIANTS, default=list(VARIANTS), **several)
-    parser.add_argument("--batches", type=int, choices=BATCHES, default=list(BATCHES), nargs="+", metavar="N")
-    parser.add_argument("--stages", type=int, choices=STAGES, default=list(STAGES), nargs="+", metavar="N")
-    parser.add_argument("--dtypes", choices=DTYPES, default=list(DTYPES), **several)
-    parser.add_argument("--directions", choices=DIRECTIONS, default=list(DIRECTIONS), **several)
+    several: dict[str, tuple[Sequence[Any], type]] = {
+        "tasks": (list(TASKS), str),
+        "variants": (VARIANTS, str),
+        "batches": (BATCHES, int),
+        "stages": (STAGES, int),
+        "dtypes": (DTYPES, str),
+        "directions": (DIRECTIONS, str),
+    }
+    for name, (choices, kind) in several.items():
+        parser.add_argument(
+            f"--{name}", type=kind, choices=choices, default=list(choices), nargs="+",
+            metavar="N" if kind is int else "NAME", help="some of %(choices)s (default: all)",
+        )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (default: 5)")
 
 

@@ -117,7 +117,7 @@ class Residuals(NamedTuple):
 
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None if it can."""
-    if any((compute_capability(device) or 0) >= 9.0 for device in jax.local_devices()):
+    if (compute_capability(jax.local_devices()[0]) or 0) >= 9.0:
         return None
     return "it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or higher"
 

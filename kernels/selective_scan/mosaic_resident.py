@@ -47,15 +47,18 @@ def supports(problem: Problem, shared_memory: int) -> bool:
     That is, if delta, B and C have the dtype of u.
 
     Routes are chained, so one alone would gain nothing. Groups of four lines, the last of which may overlap with the
-    one before, need four lines in both directions.
+    one before, need four lines in both directions. Pallas writes a box that is contiguous in memory as one piece: that
+    of a column must not be, where it reaches over the channels of the map.
     """
     sides = (problem.height, problem.width)
+    channels = problem.channels + -problem.channels % 8  # of the maps as `mosaic` fills them up
     return (
         problem.direction == "forward"
         and problem.states == 1
         and problem.routes > 1
         and min(sides) >= _LINES
         and max(sides) <= _LONGEST
+        and problem.width * channels != _CHANNELS
         and _shared_bytes(problem) <= shared_memory
     )
 

@@ -32,8 +32,8 @@ def by_image(function: Launch, *, shared: Sequence[int]) -> Launch:
         function: takes arrays, returns a tuple of arrays. Every result, and every argument whose position is not in
             `shared`, has images as its leading axis; what it computes for an image depends on that image's slices and
             on the shared arguments only, and so do the shapes of the results behind that axis: not on the number of
-            images. It is traced anew for each number of images, must not call back into Python, and has no derivative
-            here: put a `jax.custom_vjp` around it.
+            images. It is traced anew for each number of images, with 64-bit types off since kernels are written for 32
+            bits, must not call back into Python, and has no derivative here: put a `jax.custom_vjp` around it.
         shared: positions of the arguments that belong to all images, such as parameters.
 
     Returns:
@@ -61,7 +61,8 @@ class _Images:
     """
 
     def __init__(self, function: Launch, shared: frozenset[int]) -> None:
-        self.function = jax.jit(function)  # which keeps captured constants to itself: `custom_partitioning` takes none
+        # `jax.jit` keeps captured constants to itself: `custom_partitioning` takes none.
+        self.function = jax.jit(_in_32_bits(function))
         self.shared = shared
         self.launch = functools.cache(self._launch)
 
@@ -139,6 +140,15 @@ class _Images:
 
     def _per_image(self, arrays: Sequence[Any]) -> list[Any]:
         return [x for i, x in enumerate(arrays) if i not in self.shared]
+
+
+def _in_32_bits(function: Launch) -> Launch:
+    @functools.wraps(function)
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        with jax.enable_x64(False):
+            return function(*arrays)
+
+    return run
 
 
 def _one_by_one(

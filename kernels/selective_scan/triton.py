@@ -60,8 +60,8 @@ def unavailable() -> str | None:
     """Why this backend cannot run on this process's devices, as a clause; None if it can."""
     if importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None:
         return "jax-triton is not installed: pip install 'msvmamba-jax[triton]'"
-    if not any((compute_capability(device) or 0) >= 8.0 for device in jax.local_devices()):
-        return "no NVIDIA GPU of compute capability 8.0 or newer among the devices"
+    if (compute_capability(jax.local_devices()[0]) or 0) < 8.0:
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
     return None
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_kernels, mosaic_resident, xla
+from msvmamba_jax.kernels.selective_scan import api, mosaic, mosaic_kernels, mosaic_resident, selection, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Device, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
@@ -279,6 +279,29 @@ def test_interpreted_kernels(interpreted, tiled, monkeypatch, routes, d, n, conf
     for name, x, reference in zip(ScanInputs._fields, found, expected, strict=True):
         error = np.linalg.norm(x - reference) / np.linalg.norm(reference)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("routes", [("row",), HALF], ids=["tiled", "resident"])
+def test_lowers_where_64_bit_types_are_on(routes):
+    with jax.enable_x64(True):
+        for text in lowered((2, 14, 14, 8), 1, routes, "bfloat16"):
+            assert "mosaic_gpu" in text
+
+
+def test_there_is_no_second_derivative(monkeypatch):
+    """Rather than a wrong one."""
+    monkeypatch.setattr(mosaic, "unavailable", lambda: None)
+    for module in (api, selection):
+        monkeypatch.setattr(module, "load", lambda name: mosaic)
+    u, n = jax.ShapeDtypeStruct((1, 4, 5, 8), "float32"), jnp.ones((1, 4, 5, 1))
+
+    def loss(u):
+        return jnp.sum(api.selective_scan_2d(u, u, -jnp.ones((8, 1)), n, n, implementation="mosaic"))
+
+    slope = jax.grad(loss)
+    jax.make_jaxpr(slope)(u)
+    with pytest.raises(NotImplementedError):
+        jax.make_jaxpr(jax.grad(lambda u: jnp.sum(slope(u))))(u)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

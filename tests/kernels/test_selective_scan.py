@@ -136,6 +136,11 @@ class TestSelectiveScan:
     def test_routes(self, implementation, routes, h, w):
         self.check_forward(make_inputs(h=h, w=w), routes, implementation)
 
+    @pytest.mark.parametrize("w", [4, 5])
+    def test_few_channels_on_narrow_maps(self, implementation, w):
+        """Where a kernel's box of a column could reach into the next."""
+        self.check_forward(make_inputs(h=8, w=w, d=8), HALF, implementation)
+
     @dtypes
     @states
     def test_dtypes_and_states(self, implementation, dtype, n):
@@ -204,6 +209,26 @@ class TestSelectiveScan:
     @pytest.mark.parametrize(("h", "w"), [(1, 1), (3, 7), (65, 2), (1, 300), (301, 1)])
     def test_gradients_of_shapes(self, implementation, h, w):
         self.check_gradients(make_inputs(h=h, w=w, n=2), HALF, implementation)
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_gradients_are_slopes(self, implementation, n):
+        """Of the definition in float64, by central differences along a random direction of each input."""
+        inputs = make_inputs(b=1, h=3, w=4, n=n)
+        dy = make_dy(inputs, HALF)
+        found = jitted_gradients(inputs, dy, HALF, implementation)
+        rng = np.random.default_rng(2)
+        exact, h = as_float64(inputs), 1e-6
+        for name, gradient in zip(ScanInputs._fields, as_float64(found), strict=True):
+            direction = rng.standard_normal(gradient.shape)
+            ahead, behind = (
+                selective_scan_2d_reference(
+                    *exact._replace(**{name: getattr(exact, name) + sign * h * direction}), routes=HALF
+                )
+                for sign in (1, -1)
+            )
+            slope = np.sum(as_float64(dy) * (ahead - behind)) / (2 * h)
+            scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+            assert abs(np.sum(gradient * direction) - slope) < 1e-5 * scale, name
 
     @dtypes
     @states

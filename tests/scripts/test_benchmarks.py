@@ -174,6 +174,7 @@ class TestBenchmarkScan:
         monkeypatch.setattr(measurement, "selective_scan_2d", scan)
         available = dict.fromkeys(["wrong", "broken", "xla", "undefined"], None) | {"absent": "it is a test"}
         monkeypatch.setattr(benchmark_scan, "available_implementations", lambda: available)
+        monkeypatch.setattr(benchmark_scan, "implementations", lambda: tuple(available))
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_wrong_and_failing_implementations(self, others, run, capsys, direction):
@@ -271,6 +272,8 @@ class TestBenchmarkModel:
             "classification", "msvmamba_none", "xla", "inference_float32", 1, 32, 32, 1, False
         )
         assert "there is no model 'msvmamba_none'" in benchmark_model.in_own_process(wanted)["failed"]
+        traced = dataclasses.replace(wanted, variant="msvmamba_nano", height=2, width=2)  # less than a patch
+        assert "at least 4 x 4 pixels" in benchmark_model.in_own_process(traced)["failed"]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("task", ["classification", "segmentation"])
