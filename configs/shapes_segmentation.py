@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
                 "max_class_part": 0.75,  # of a crop's pixels that one class may have
                 "flip": 0.5,
                 "distort": True,  # change brightness, contrast, saturation and hue
-                "tta": False,  # evaluate with six sizes, each with its mirror image
+                "tta": False,  # evaluate with six sizes, each with its mirror image; needs bucket=0
                 "bucket": 32,  # evaluate at multiples of so many pixels, for few shapes; 0: exact
             },
             # name: a variant; the other keys replace the variant's own values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, Protocol
 
@@ -98,6 +99,14 @@ def train_steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
     return steps
 
 
+def unused_records(dataset: Dataset, *, batch_size: int) -> int:
+    """How many training records no epoch uses, since their group has fewer than a batch holds."""
+    if dataset.train_groups is None:
+        return 0
+    sizes = np.bincount(dataset.train_groups)
+    return int(sizes[sizes < batch_size].sum())
+
+
 def train_batches(
     dataset: Dataset,
     *,
@@ -111,9 +120,10 @@ def train_batches(
     """Endless training batches of this process, from `start_step` on.
 
     Every epoch is a new shuffle of the training records and takes `train_steps_per_epoch` steps; what does not fill a
-    last batch (of its group) is left out until the next shuffle. The batches that the processes get for a step are
-    disjoint and make up the global batch: process p holds its rows p, p + process_count, ..., so the global batch and
-    its augmentation are the same for every number of processes.
+    last batch (of its group) is left out until the next shuffle; groups smaller than a batch are never used, see
+    `unused_records`. The batches that the processes get for a step are disjoint and make up the global batch: process p
+    holds its rows p, p + process_count, ..., so the global batch and its augmentation are the same for every number of
+    processes.
 
     Args:
         dataset: the data set.
@@ -242,8 +252,23 @@ def _from_workers(
         batches = records.batch(batch_size, drop_remainder=True, batch_fn=send)[start_step:]
         # No threads in a worker: it has nothing to do while it makes a batch, and the queue behind it holds two.
         batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        yield from _iterate(iter(batches.map(handover.Receiver())))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(options, worker_init_fn=_ignore_signals)
+        try:
+            yield from _iterate(iter(batches.map(handover.Receiver())))
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise InputError(
+                "A process that loads data was killed, perhaps because memory ran out: lower data.workers, or give the "
+                "job more memory."
+            ) from error
+
+
+def _ignore_signals(index: int, count: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM may reach a whole group of processes, of which the training one decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _positive(name: str, value: int) -> None:

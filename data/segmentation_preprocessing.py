@@ -13,6 +13,7 @@ from msvmamba_jax.data.resizing import rescale_size, rescale_size_by_ratio, resi
 from msvmamba_jax.errors import InputError
 
 SCALE = (2048, 512)  # of ADE20K's recipe
+LEAST_SIDE = 4  # pixels; narrower images are widened to this, since networks start with patches of so many
 TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # mmsegmentation's; each without and with a horizontal flip
 
 
@@ -47,7 +48,7 @@ class SegmentationPreprocessing(Settings):
 
     def prepared_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that `prepare` gives an image of this height and width."""
-        return rescale_size(height, width, self.scale)
+        return _wide_enough(rescale_size(height, width, self.scale))
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """Resizes an image within `scale`, keeping its aspect ratio.
@@ -80,7 +81,12 @@ def prepare_tta(image: np.ndarray, ratios: Sequence[float] = TTA_RATIOS) -> list
     """
     check_image(image)
     height, width = image.shape[:2]
-    return [resize_image(image, *rescale_size_by_ratio(height, width, ratio)) for ratio in ratios]
+    return [resize_image(image, *_wide_enough(rescale_size_by_ratio(height, width, ratio))) for ratio in ratios]
+
+
+def _wide_enough(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    return max(height, LEAST_SIDE), max(width, LEAST_SIDE)
 
 
 def checked_scale(owner: str, values: Any) -> tuple[int, int]:

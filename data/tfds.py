@@ -258,6 +258,9 @@ def _split(builder: Any, name: str, wanted: str, encoded: Sequence[str], prepare
         raise InputError(f"The data set {name} has no split {wanted!r}; it has {known}.")
     try:
         return builder.as_data_source(split=wanted, decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding()))
+    except (ValueError, AssertionError) as error:  # of a slice such as train[:x]
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"The data set {name} has no split {wanted!r}: {reason}") from error
     except NotImplementedError as error:  # TFRecord files have no random access.
         raise InputError(
             f"The data set {name} in {builder.data_dir} is not stored as ArrayRecord files: {prepare}."

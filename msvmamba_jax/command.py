@@ -42,7 +42,7 @@ def run(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # who read the output, such as `head`, has enough
         _discard_output()
     except Exception as error:
-        message = _missing_key(error) or _storage_problem(error) or _memory_problem(error)
+        message = _missing_key(error) or _storage_problem(error) or _memory_problem(error) or _platform_problem(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -77,6 +77,8 @@ def _flag_problem(error: Exception) -> str:
     if isinstance(error, OSError):  # its last line has the system's reason
         last = str(error).splitlines()[-1].rpartition("failure to load: ")[2]
         return f"cannot load the configuration: {last.strip()}"
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return "the configuration has no get_config(): name one such as configs/tiny.py"
     if isinstance(error, (SyntaxError, ImportError, NameError)):
         return f"the configuration is no working Python: {error}"
     return " ".join(str(reason).split())
@@ -106,6 +108,21 @@ def keep_compiled_programs() -> None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msvmamba_jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def check_writable(path: str | Path) -> None:
+    """Checks before long work that a file can be written when it is done.
+
+    Raises:
+        InputError: there is no such folder, it is a folder itself, or it may not be written.
+    """
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission")
 
 
 def write_json(path: str | Path, values: Any) -> None:
@@ -150,7 +167,7 @@ def _storage_problem(error: BaseException) -> str | None:
             place = f" while writing {cause.filename}" if cause.filename else ""
             return f"the disk is full{place}: free some space and run the same command again"
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission to write{f' {cause.filename}' if cause.filename else ''} ({cause.strerror})"
+            return f"no access{f' to {cause.filename}' if cause.filename else ''}: {cause.strerror}"
         if "No space left on device" in str(cause) or "RESOURCE_EXHAUSTED: Error writing" in str(cause):
             return "the disk is full: free some space and run the same command again"
     return None
@@ -166,6 +183,15 @@ def _memory_problem(error: BaseException) -> str | None:
         f"the device ran out of memory{f' (asked for {asked[1]} at once)' if asked else ''}: use a smaller batch; for "
         "training, config.accumulate=2 works a batch through in two parts, and config.remat=True keeps less of blocks"
     )
+
+
+def _platform_problem(error: BaseException) -> str | None:
+    """A sentence if JAX was asked for a kind of device that it cannot use."""
+    trace = traceback.extract_tb(error.__traceback__)
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or not trace or Path(trace[-1].filename).name != "xla_bridge.py":
+        return None
+    return f"JAX can use no device for JAX_PLATFORMS={platforms}: install JAX for it (see README.md), or unset it"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -58,8 +57,7 @@ def _main() -> None:
     if _DETECTIONS.value and config.task != "detection":
         raise InputError(f"--detections is for detection, but the configuration is for {config.task!r}")
     for path in filter(None, (_JSON.value, _DETECTIONS.value)):
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {Path(path).absolute().parent}")
+        command.check_writable(path)
     report: dict[str, Any] = {"checkpoint": str(folder)}
     predict: Any = None
     wanted: list[Any] = [_WEIGHTS.value] if _WEIGHTS.value else available_weights(folder)
@@ -85,8 +83,6 @@ def _main() -> None:
         ).evaluator
         report[kind] = {**evaluator.result(), "per_class": evaluator.per_class()}
         print(f"{_NAMES[kind]}: {evaluator.sentence()}", flush=True)
-        if _DETECTIONS.value:
-            evaluator.save(_DETECTIONS.value)
         if _PER_CLASS.value if _PER_CLASS.value is not None else config.task != "classification":
             print(command.table(report[kind]["per_class"]))
     if _THROUGHPUT.value:
@@ -96,6 +92,8 @@ def _main() -> None:
         _print_throughput(report["throughput"])
     if _JSON.value:
         command.write_json(_JSON.value, report)
+    if _DETECTIONS.value:
+        evaluator.save(_DETECTIONS.value)  # of the last weights
 
 
 def _throughput(predict: Any, parameters: Any, batch: Any, batch_size: int) -> dict[str, Any]:

@@ -50,6 +50,14 @@ def prediction_sheet(images: Sequence[np.ndarray], predictions: Sequence[Mapping
     return sheet
 
 
+def stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    """The pictures one below the other, along their left sides."""
+    sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), PAPER)
+    for index, panel in enumerate(panels):
+        sheet.paste(panel, (0, sum(p.height for p in panels[:index])))
+    return sheet
+
+
 def fitted(text: str, font: Any, width: int) -> str:
     """The text, or as much of its beginning as fits into `width` pixels with an ellipsis."""
     if font.getlength(text) <= width:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from msvmamba_jax.colours import distinct_colours
-from msvmamba_jax.pictures import INK, PAPER, fitted
+from msvmamba_jax.pictures import INK, PAPER, fitted, stacked
 
 _LONG, _MANY_LONG = 800, 1400  # pixels of the long side that images are enlarged to, at most; with many objects
 _MANY = 12  # objects
@@ -116,10 +116,7 @@ def detection_sheet(
         detection_picture(image, *found, class_names, threshold=threshold, truth=truth)
         for image, found, truth in examples
     ]
-    sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), PAPER)
-    for index, panel in enumerate(panels):
-        sheet.paste(panel, (0, sum(p.height for p in panels[:index])))
-    return sheet
+    return stacked(panels)
 
 
 def _count(number: int) -> str:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from msvmamba_jax.colours import distinct_colours
 from msvmamba_jax.data.ade20k import ade20k_class_names, ade20k_palette
-from msvmamba_jax.pictures import INK, PAPER, fitted
+from msvmamba_jax.pictures import INK, PAPER, fitted, stacked
 
 _LONG = 512  # pixels of the long side that small images are enlarged to, at most
 _GAP, _LINE, _SWATCH, _NAME = 16, 20, 14, 170  # pixels; _NAME: the greatest width of a name
@@ -111,10 +111,7 @@ def segmentation_sheet(
         )
         for image, labels, truth in examples
     ]
-    sheet = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), PAPER)
-    for index, panel in enumerate(panels):
-        sheet.paste(panel, (0, sum(p.height for p in panels[:index])))
-    return sheet
+    return stacked(panels)
 
 
 def _numbers(draw: ImageDraw.ImageDraw, right: Sequence[float], y: float, shares: np.ndarray, font: Any) -> None:

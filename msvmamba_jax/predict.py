@@ -6,7 +6,6 @@ python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,12 @@ def _main() -> int:
     parser.add_argument("checkpoint", help="a checkpoint folder, or the workdir of a training run")
     parser.add_argument("images", nargs="+", help="image files, or folders to search")
     parser.add_argument("--output", metavar="DIR", help="folder for predictions.json and the pictures")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to show for each image (default: 5)")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=5,
+        help="how many classes, or in detection objects, to print for each image (default: 5)",
+    )
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw weights (default: averaged, if any)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     parser.add_argument(
@@ -53,7 +57,10 @@ def _main() -> int:
     output = Path(arguments.output) if arguments.output else None
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file: give a folder")
-    images = Images(find_images(arguments.images))
+    paths = find_images(arguments.images)
+    if output is not None and output.resolve() in {path.resolve().parent for path in paths}:
+        raise InputError(f"--output {output} holds images that are to be read: give another folder")
+    images = Images(paths)
     task = read_description(arguments.checkpoint).task
     infer = inference_function(
         arguments.checkpoint,
@@ -61,11 +68,19 @@ def _main() -> int:
         weights=arguments.weights,
         dtype=arguments.dtype,
     )
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {output}: {error.strerror or error}") from error
     by_task = {"classification": _classify, "segmentation": _segment, "detection": _detect}
-    predictions = by_task[task](infer, images, arguments, output)
+    predictions: list[dict[str, Any]] = []
+    try:
+        by_task[task](infer, images, arguments, output, predictions)
+    finally:  # what was done before an interruption is not lost
+        if output is not None and predictions:
+            command.write_json(output / "predictions.json", predictions)
     if output is not None and predictions:
-        output.mkdir(parents=True, exist_ok=True)
-        command.write_json(output / "predictions.json", predictions)
         print(f"wrote {output / 'predictions.json'} and {_PICTURES[task].format(output)}")
     return 1 if images.unreadable else 0
 
@@ -107,13 +122,15 @@ class Images:
                 yield path, image
 
 
-def _classify(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
-    """Prints a line for each image; `predictions.png` shows the first ones."""
+def _classify(
+    infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None, predictions: list[dict[str, Any]]
+) -> None:
+    """Prints a line for each image and adds to `predictions`; `predictions.png` shows the first ones."""
+    from msvmamba_jax.errors import InputError
     from msvmamba_jax.pictures import prediction_sheet
 
     top = min(arguments.top, len(infer.class_names))
     batch_size = min(arguments.batch_size, len(images))
-    predictions: list[dict[str, Any]] = []
     thumbnails: list[np.ndarray] = []
     read: list[tuple[Path, np.ndarray]] = []
 
@@ -122,6 +139,8 @@ def _classify(infer: Any, images: Images, arguments: argparse.Namespace, output:
         crops = np.stack([crop for _, crop in read])
         batch = np.concatenate([crops, np.zeros((batch_size - len(read), *crops.shape[1:]), np.uint8)])
         for (path, _), row in zip(read, np.asarray(infer(batch)["probabilities"]), strict=False):
+            if not np.isfinite(row).all():
+                raise InputError(f"the model's probabilities for {path} are not finite: try --dtype float32")
             labels = np.argsort(-row, kind="stable")[:top]
             classes = [{"label": int(i), "name": infer.class_names[i], "probability": float(row[i])} for i in labels]
             predictions.append({"file": str(path), "classes": classes})
@@ -137,18 +156,18 @@ def _classify(infer: Any, images: Images, arguments: argparse.Namespace, output:
         predict()
     if output is not None and predictions:
         _save(prediction_sheet(thumbnails, predictions[: len(thumbnails)]), output / "predictions.png")
-    return predictions
 
 
-def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
-    """Prints a line for each image, and saves its overlay and its label map."""
+def _segment(
+    infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None, predictions: list[dict[str, Any]]
+) -> None:
+    """Prints a line for each image, adds to `predictions`, and saves its overlay and its label map."""
     from PIL import Image
 
     from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay
 
     names = infer.class_names
     palette = class_palette(names)
-    predictions: list[dict[str, Any]] = []
     taken: set[str] = set()
     for path, image in images:
         labels = np.asarray(infer(image[None])["labels"])[0]
@@ -168,17 +187,17 @@ def _segment(infer: Any, images: Images, arguments: argparse.Namespace, output: 
                 prediction[kind] = f"{stem}_{kind}.png"
                 _save(picture, output / prediction[kind])
         predictions.append(prediction)
-    return predictions
 
 
-def _detect(infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None) -> list[dict[str, Any]]:
-    """Prints a line for each image, and saves it with its objects; predictions.json has boxes and run-length masks."""
+def _detect(
+    infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None, predictions: list[dict[str, Any]]
+) -> None:
+    """Prints a line for each image, adds boxes and run-length masks to `predictions`, and saves it with its objects."""
     from msvmamba_jax.data.run_lengths import run_lengths
     from msvmamba_jax.models.detection.masks import paste_masks
     from msvmamba_jax.pictures_detection import detection_picture
 
     names = infer.class_names
-    predictions: list[dict[str, Any]] = []
     taken: set[str] = set()
     for path, image in images:
         found = {name: np.asarray(array)[0] for name, array in infer(image[None]).items()}
@@ -204,7 +223,6 @@ def _detect(infer: Any, images: Images, arguments: argparse.Namespace, output: P
             picture = detection_picture(image, boxes, masks, labels, scores, names, threshold=arguments.threshold)
             _save(picture, output / prediction["picture"])
         predictions.append(prediction)
-    return predictions
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -227,7 +245,6 @@ def _save(picture: Any, path: Path) -> None:
     from msvmamba_jax.errors import InputError
 
     try:
-        os.makedirs(path.parent, exist_ok=True)
         picture.save(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

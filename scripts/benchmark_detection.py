@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -305,7 +304,7 @@ def main() -> int:
 
     def save() -> None:
         if arguments.output:
-            arguments.output.write_text(json.dumps(report, indent=1))
+            command.write_json(arguments.output, report)
 
     shapes = Shapes(arguments)
     print(f"{device}, jax {jax.__version__}, {shapes.batch} images of {shapes.height} x {shapes.width}, bfloat16 maps")

@@ -17,7 +17,7 @@
 set -uo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch from the project\'s folder}"
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/msvmamba_jax}"  # compile once, not for each start
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR-$HOME/.cache/msvmamba_jax}"  # compile once, not for each start
 
 srun --kill-on-bad-exit=1 .venv/bin/python -m msvmamba_jax.train "$@" &
 trap 'kill -TERM $!' TERM  # Slurm signals this script (B:); srun passes it on to every process

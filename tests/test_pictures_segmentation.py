@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msvmamba_jax.data.ade20k import ade20k_class_names, ade20k_palette
-from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay
+from msvmamba_jax.pictures_segmentation import class_palette, segmentation_overlay, segmentation_sheet
 
 NAMES = ("sky", "sea", "sand", "rock")
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
@@ -88,6 +88,18 @@ def test_small_images_are_enlarged_and_borders_stay_thin():
     white = (panel == 255).all(axis=2)
     assert white[:, 15 * 8].all()
     assert white.sum() == 512
+
+
+def test_sheet_of_several_images():
+    one, two = (grey(400, 400), halves(400, 400), halves(400, 400)), (grey(40, 60), halves(200, 300), halves(200, 300))
+    palette = class_palette(NAMES)
+    sheet = segmentation_sheet([one, two], NAMES)
+    panels = [
+        segmentation_overlay(grey(*labels.shape), labels, NAMES, palette, truth=labels) for labels in (one[1], two[1])
+    ]
+    assert sheet.size == (panels[0].width, panels[0].height + panels[1].height)
+    np.testing.assert_array_equal(np.asarray(sheet)[: panels[0].height], panels[0])
+    np.testing.assert_array_equal(np.asarray(sheet)[panels[0].height :, : panels[1].width], panels[1])
 
 
 def test_many_classes_fit():

@@ -42,7 +42,7 @@ VARIANTS: dict[str, Variant] = {
     # The plain VMamba baselines (arXiv:2401.10166, first version).
     "vssm_tiny": Variant(BackboneConfig(width=96, depths=(2, 2, 9, 2), mixer="cross_scan", states=16, drop_path=0.2)),
     "vssm_small": Variant(BackboneConfig(width=96, depths=(2, 2, 27, 2), mixer="cross_scan", states=16, drop_path=0.3)),
-    "vssm_base": Variant(BackboneConfig(width=128, depths=(2, 2, 27, 2), mixer="cross_scan", states=16, drop_path=0.6)),
+    "vssm_base": Variant(BackboneConfig(width=128, depths=(2, 2, 27, 2), mixer="cross_scan", states=16, drop_path=0.5)),
 }
 
 
@@ -147,8 +147,10 @@ def create_segmenter(
         maps.
 
     Raises:
-        InputError: as `create_model`.
+        InputError: as `create_model`, and for more than 255 classes.
     """
+    if num_classes > 255:
+        raise InputError(f"label maps are bytes in which 255 means no class: at most 255 classes; got {num_classes}")
     config = backbone_config(name, width=width, depths=depths, states=states, drop_path=drop_path)
     if drop_path is None and (recipe := VARIANTS[name].segmentation_drop_path) is not None:
         config = dataclasses.replace(config, drop_path=recipe)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.data.coco import CocoRecords
 from msvmamba_jax.data.labels import placeholder_class_names
@@ -86,8 +88,10 @@ def _detection(config: Any, description: Description, dataset: Dataset) -> Task:
     regions = config.regions.to_dict()
     names = ("proposals", "evaluation_proposals", "anchor_samples", "region_samples")
     _reject_unknown("config.regions", regions, set(names))
+    if missing := [name for name in names if name not in regions]:
+        raise InputError(f"config.regions lacks {', '.join(missing)}")
     for name in names[:2]:
-        if len(regions[name]) != 2:
+        if np.shape(regions[name]) != (2,):
             raise InputError(f"config.regions.{name} must be two numbers, before and after; got {regions[name]!r}")
     return Detection(
         description=description,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -17,6 +18,10 @@ from msvmamba_jax.models.parameters import Tree
 from msvmamba_jax.tasks.base import Batch, Evaluator, Task
 from msvmamba_jax.training.parallelism import Layout
 from msvmamba_jax.training.processes import gather_rows, is_main
+
+
+class Stopped(Exception):  # noqa: N818
+    """An evaluation was left before its end, because it was asked to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,7 @@ def evaluate(
     batch_size: int,
     title: str,
     pictures: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluates `weights` on the whole evaluation split. A bar on the terminal shows how far it is.
 
@@ -68,6 +74,10 @@ def evaluate(
         batch_size: over all devices.
         title: of the bar.
         pictures: images on the picture, at most; only the process that writes gets one.
+        stopped: asked before each batch whether to leave; the same on all processes.
+
+    Raises:
+        Stopped: as `stopped` wanted.
     """
     evaluator = task.evaluator()
     weights = layout.place(weights)
@@ -78,8 +88,10 @@ def evaluate(
     )
     examples: list[tuple[Any, Any]] = []
     seen = set()
-    with bar:
-        for batch in evaluation_batches(dataset, plan, **shard):
+    with bar, contextlib.closing(evaluation_batches(dataset, plan, **shard)) as batches:
+        for batch in batches:
+            if stopped():
+                raise Stopped
             mask = batch.pop("mask")
             seen.add(tuple(array.shape for array in batch.values()))
             if plan.shapes > 1:  # each of them is compiled for, unless a compilation cache has it

@@ -14,13 +14,19 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from msvmamba_jax.errors import InputError
+
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, with `step` and scalars."""
 
     def __init__(self, path: Path, resume_step: int):
-        """Opens the file for appending; lines past `resume_step`, which the run will write again, are dropped."""
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        """Opens the file for appending; lines past `resume_step`, which the run will write again, are dropped.
+
+        Raises:
+            InputError: a line is damaged.
+        """
+        kept = [line for line in _lines(path) if _step_of(path, line) <= resume_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
@@ -154,5 +160,12 @@ def _lines(path: Path) -> list[str]:
     """Whole lines; a last one that a killed run left unfinished is dropped."""
     if not path.is_file():
         return []
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_text(errors="replace").split("\n")
     return [line for line in lines if line]
+
+
+def _step_of(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a damaged line, {line[:60]!r}: remove it, then start again") from error

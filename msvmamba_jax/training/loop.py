@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 
 from msvmamba_jax.checkpoint import KINDS, Weights
-from msvmamba_jax.data.pipeline import Dataset, train_batches
+from msvmamba_jax.data.pipeline import Dataset, train_batches, unused_records
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.kernels.selective_scan import preferred_implementation
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, flatten, get_weights
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.durations import Clock, make_clock
-from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
+from msvmamba_jax.training.evaluation import Stopped, evaluate, evaluation_batch_size
 from msvmamba_jax.training.logging import Report, SilentReport
 from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmup_steps
 from msvmamba_jax.training.parallelism import make_layout
@@ -32,6 +32,8 @@ from msvmamba_jax.training.pretrained import find_pretrained, with_pretrained
 from msvmamba_jax.training.processes import is_main, largest, together
 from msvmamba_jax.training.step import initial_state, predict_step, train_step, weights_of
 from msvmamba_jax.training.watching import Interval, Profile
+
+_ASK_EVERY = 16  # steps between two questions to the other processes whether to stop
 
 
 class NonFiniteError(InputError):
@@ -110,7 +112,10 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
     with together():
         if not RunCheckpoints.any_in(workdir):
             pretrained = find_pretrained(config, task.description, dict(flatten(get_weights(model))))
-    workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {workdir}: {error.strerror or error}") from error
     checkpoints = RunCheckpoints(workdir, task.description)
     start = checkpoints.latest_step() or 0
     state = checkpoints.restore(layout.abstract(init)) if start else layout.create(init)
@@ -139,28 +144,37 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         )
     )
     predict_fn = layout.compile_predict(predict_step(model, task))
+    with together():
+        report = Report(workdir, steps, start) if is_main() else SilentReport()
     shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = train_batches(
         dataset, batch_size=config.batch_size, seed=config.seed, start_step=start, workers=config.data.workers, **shard
     )
-    report = Report(workdir, steps, start) if is_main() else SilentReport()
 
-    def evaluate_all(step: int) -> float:
-        """Evaluates the raw and the averaged weights, where there are both; the score of the latter."""
+    def evaluate_all(step: int) -> float | None:
+        """Evaluates the raw and the averaged weights, where there are both; the score of the latter.
+
+        None if the run is to stop: what was trained is saved first.
+        """
         kinds: list[Weights] = ["raw", "ema"] if "ema" in state else ["raw"]
         score = 0.0
         for kind in kinds:
             name = {"raw": "eval", "ema": "eval_ema"}[kind]
-            evaluation = evaluate(
-                predict_fn,
-                weights_of(state, kind),
-                dataset,
-                task,
-                layout,
-                batch_size=evaluation_batch,
-                title=f"{name} at step {step}",
-                pictures=config.pictures if kind == kinds[-1] else 0,
-            )
+            try:
+                evaluation = evaluate(
+                    predict_fn,
+                    weights_of(state, kind),
+                    dataset,
+                    task,
+                    layout,
+                    batch_size=evaluation_batch,
+                    title=f"{name} at step {step}",
+                    pictures=config.pictures if kind == kinds[-1] else 0,
+                    stopped=lambda: stop.agreed() is not None,
+                )
+            except Stopped:
+                report.say(f"step {step}, {name}: not evaluated to the end; msvmamba_jax.evaluate can do it")
+                return None
             result = evaluation.evaluator.result()
             score = result[task.score]
             report.write(step, {f"{name}/{key}": value for key, value in result.items()})
@@ -187,9 +201,11 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         interval, step, stopped_by = Interval(), start, stop.agreed()
         compiled: set[Any] = set()  # shapes of batches that there is a program for
         while step < steps and stopped_by is None:
-            with interval.paused():  # writing a trace takes seconds
-                if told := profile.at(step):
-                    report.say(told)
+            if profile.due(step):
+                settle(0)
+                with interval.paused():  # writing a trace takes seconds
+                    if told := profile.at(step):
+                        report.say(told)
             batch = interval.next_batch(batches)
             shapes = tuple(array.shape for array in batch.values())
             compiles, last = shapes not in compiled, step + 1 == steps
@@ -209,13 +225,14 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
                 report.write(step, metrics)
                 report.show(step, metrics)
             with interval.paused():
-                if evaluated:
-                    score = evaluate_all(step)
+                score = evaluate_all(step) if evaluated else None
                 if saved:
-                    checkpoints.save(step, state, score if evaluated else None)
-            stopped_by = stop.agreed()
+                    checkpoints.save(step, state, score)
+            # Other processes answer once the step is done, and then there is none ahead.
+            if logged or saved or step % _ASK_EVERY == 0 or jax.process_count() == 1:
+                stopped_by = stop.agreed()
         settle(0)
-        if told := profile.at(step):
+        if told := profile.finish(step):
             report.say(told)
         if stopped_by is not None and step > start:
             checkpoints.save(step, state)
@@ -287,6 +304,11 @@ def _announce(
         f"{config.optimizer.schedule}; {averaged}",
     )
     _say("\n".join(lines))
+    if unused := unused_records(dataset, batch_size=config.batch_size):
+        _say(
+            f"  left out: {unused:,} images whose shape fewer than {config.batch_size} have, too few for a batch; a "
+            "smaller batch_size uses them"
+        )
 
 
 def _say(line: str) -> None:

@@ -184,13 +184,17 @@ def adamw(
         freeze_backbone: parameters in `backbone` stay as they are and the state holds nothing of them.
 
     Raises:
-        InputError: `layer_decay` is not in (0, 1], or `no_decay` is unknown.
+        InputError: `layer_decay` is not in (0, 1], `weight_decay` or `clip_norm` is negative or not finite, or
+            `no_decay` is unknown.
     """
     masks: dict[str, Callable[[Tree], Tree]] = {"vectors": all_but_vectors, "norms": all_but_norms}
     if no_decay not in masks:
         raise InputError(f"unknown config.optimizer.no_decay {no_decay!r}; there are {', '.join(masks)}")
     if not 0 < layer_decay <= 1:
         raise InputError(f"config.optimizer.layer_decay must be above 0 and at most 1; got {layer_decay}")
+    for name, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"config.optimizer.{name} must not be negative, and finite; got {value}")
     clip: list[Any] = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     rule = optax.chain(*clip, optax.adamw(schedule, weight_decay=weight_decay, mask=masks[no_decay]))
     if freeze_backbone:  # all that is trained is the head, whose rate is the schedule's

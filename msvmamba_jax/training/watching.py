@@ -106,7 +106,7 @@ class Profile:
 
     def __init__(self, text: str, workdir: Path):
         self._folder = workdir / "profile"
-        self._active = False
+        self._began: int | None = None  # the number of steps that were done when the trace began, while it goes on
         self._range: tuple[int, int] | None = None
         if text:
             match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -114,21 +114,37 @@ class Profile:
                 raise InputError(f"config.profile must be START:STOP, steps such as 20:25, or empty; got {text!r}")
             self._range = int(match[1]), int(match[2])
 
+    def due(self, step: int) -> bool:
+        """Whether `at` has something to do where `step` steps are done: have them end before, and none under way."""
+        return self._range is not None and step >= self._range[self._began is not None]
+
     def at(self, step: int) -> str | None:
-        """Starts or stops where `step` steps are done; a sentence for the person who watches, once it is written."""
-        if self._range is not None and not self._active and step == self._range[0]:
-            jax.profiler.start_trace(str(self._folder))
-            self._active = True
-        elif self._active and self._range is not None and step >= self._range[1]:
-            self.close()
-            return (
-                f"profile of the steps {self._range[0] + 1} to {step} in {self._folder}: look at it with "
-                f"`xprof --logdir {self._folder}` (pip install xprof), or open its .trace.json.gz in ui.perfetto.dev"
-            )
+        """Starts or stops where `step` steps are done; a sentence for the person who watches, where there is one."""
+        if self._range is None or not self.due(step):
+            return None
+        start, stop = self._range
+        if self._began is not None:
+            return self.finish(step)
+        if step >= stop:  # of a run that went on later
+            self._range = None
+            return f"no profile: the steps {start + 1} to {stop} of config.profile are past"
+        jax.profiler.start_trace(str(self._folder))
+        self._began = step
         return None
+
+    def finish(self, step: int) -> str | None:
+        """Ends a trace that is going on after `step` steps; a sentence that tells where it is."""
+        if self._began is None:
+            return None
+        first = self._began + 1
+        self.close()
+        return (
+            f"profile of the steps {first} to {step} in {self._folder}: look at it with "
+            f"`xprof --logdir {self._folder}` (pip install xprof), or open its .trace.json.gz in ui.perfetto.dev"
+        )
 
     def close(self) -> None:
         """Ends a trace that is still going on."""
-        if self._active:
+        if self._began is not None:
             jax.profiler.stop_trace()
-            self._active = False
+            self._began = self._range = None

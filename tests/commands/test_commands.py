@@ -159,8 +159,8 @@ def test_ctrl_c(capsys):
     [
         (errno.ENOSPC, "the disk is full while writing /data/x"),
         (errno.EDQUOT, "the disk is full while writing /data/x"),
-        (errno.EROFS, "no permission to write /data/x (Read-only file system)"),
-        (errno.EACCES, "no permission to write /data/x (Permission denied)"),
+        (errno.EROFS, "no access to /data/x: Read-only file system"),
+        (errno.EACCES, "no access to /data/x: Permission denied"),
     ],
 )
 def test_storage_problems_deep_inside(capsys, number, part):
@@ -447,6 +447,36 @@ def test_predict_bad_files_among_good_ones(run, no_model, checkpoint, tmp_path):
     assert set(no_model.last.batches) == {2}  # one shape, one compilation
 
 
+def test_predict_keeps_what_was_done_before_an_interruption(run, no_model, checkpoint, photos, tmp_path, monkeypatch):
+    call, calls = no_model.__call__, []
+
+    def interrupted(self, images):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return call(self, images)
+
+    monkeypatch.setattr(no_model, "__call__", interrupted)
+    outcome = run(predict, checkpoint, photos, "--output", tmp_path / "out", "--batch-size=2")
+    assert (outcome.status, outcome.err) == (130, "interrupted\n")
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 4
+
+
+def test_predict_beside_its_images(run, no_model, checkpoint, photos):
+    """Labels of another tool may have the names that pictures would get."""
+    before = sorted(photos.iterdir())
+    assert "holds images that are to be read" in run(predict, checkpoint, photos, "--output", photos).message
+    assert sorted(photos.iterdir()) == before
+
+
+def test_predict_without_numbers(run, no_model, checkpoint, photos, monkeypatch):
+    def overflow(self, images):
+        return {"probabilities": np.full((len(images), 10), np.nan, np.float32)}
+
+    monkeypatch.setattr(no_model, "__call__", overflow)
+    assert "are not finite: try --dtype float32" in run(predict, checkpoint, photos).message
+
+
 def test_predict_only_bad_files(run, no_model, checkpoint, tmp_path):
     (tmp_path / "text.jpg").write_text("no image\n")
     assert "text.jpg" in run(predict, checkpoint, tmp_path / "text.jpg", "--output", tmp_path / "out").message
@@ -689,6 +719,8 @@ def test_evaluate_reports(evaluated, digits_checkpoint):
         (["--config={folder}"], "Is a directory"),
         ([], "Flag --config must have a value"),
         (["--config={config}", "--checkpoint={folder}/none"], "no such folder"),
+        (["--config={config}", "--json={folder}"], "it is a folder"),
+        (["--config={config}", "--json={folder}/none/scores.json"], "there is no folder"),
         (["--config={config}", "--config.data.source=imagenet1"], "data source 'imagenet1'"),
         (["--config={config}", "--config.batch_size=0"], "batch_size 0"),
     ],
@@ -699,11 +731,19 @@ def test_evaluate_bad_arguments(digits_checkpoint, tmp_path, arguments, part):
     assert part in run_process("evaluate", f"--checkpoint={digits_checkpoint}", *given).message
 
 
-@pytest.mark.parametrize("code", ["def get_config(:", "import no_such_package", "raise_this_name"])
-def test_configuration_that_is_no_working_python(tmp_path, code):
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("def get_config(:", "the configuration is no working Python"),
+        ("import no_such_package", "the configuration is no working Python"),
+        ("raise_this_name", "the configuration is no working Python"),
+        ("def recipe(): pass", "the configuration has no get_config()"),
+    ],
+)
+def test_configuration_that_does_not_work(tmp_path, code, problem):
     (tmp_path / "broken.py").write_text(code)
     message = run_process("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}").message
-    assert "the configuration is no working Python" in message
+    assert problem in message
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import pytest
 from flax import nnx
 
 import msvmamba_jax
+from msvmamba_jax import inference
 from msvmamba_jax.checkpoint import Description, load_model, save_checkpoint
 from msvmamba_jax.convert.names import to_original, to_ours
+from msvmamba_jax.data.detection_preprocessing import DetectionPreprocessing
 from msvmamba_jax.data.preprocessing import INTERPOLATIONS, Preprocessing
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.inference import inference_function
@@ -232,3 +235,29 @@ def test_interpolations_without_a_counterpart(parameters, tmp_path):
     checkpoint = save(tmp_path / "hamming", parameters, interpolation="hamming")
     with pytest.raises(InputError, match=r"'hamming': resize them on the host .* pass resize=False"):
         inference_function(checkpoint)(photos(1, 64, 80))
+
+
+@pytest.mark.parametrize(("height", "width"), [(21, 90), (90, 40), (64, 96)])
+def test_detectors_get_what_evaluation_gives_them(monkeypatch, height, width):
+    """Canvas, extent of the image on it, and what x and y were multiplied by; pixels differ from OpenCV's by a step."""
+    pytest.importorskip("cv2")
+    given = []
+
+    def detect(model, *arrays):
+        given.extend(arrays)
+        return SimpleNamespace(box=0, label=0, score=0, mask=0, valid=0)
+
+    monkeypatch.setattr(inference, "detect", detect)
+    preprocessing = DetectionPreprocessing(scale=(96, 64))
+    images = photos(2, height, width)
+    inference._detect(None, jnp.asarray(images), preprocessing, True)
+    canvases, extents, scales = map(np.stack, zip(*map(preprocessing.prepare, images), strict=True))
+    found, extent, scale = map(np.asarray, given)
+    np.testing.assert_array_equal(extent, extents)
+    np.testing.assert_allclose(scale, scales, rtol=1e-6)
+    assert found.shape == canvases.shape
+    (rows, columns), step = extents[0], 1 / 255 / min(preprocessing.std)
+    expected = (canvases / 255 - preprocessing.mean) / preprocessing.std
+    np.testing.assert_allclose(found[:, :rows, :columns], expected[:, :rows, :columns], atol=1.01 * step)
+    assert not found[:, rows:].any()
+    assert not found[:, :, columns:].any()

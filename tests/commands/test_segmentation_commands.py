@@ -117,7 +117,7 @@ def test_buckets_and_views_come_close(call, scenes, trained, tmp_path, exact):
         )  # fmt: skip
         found = json.loads(report.read_text())["raw"]
         assert found["images"] == 5
-        assert found["pixel_accuracy"] == pytest.approx(exact[1]["raw"]["pixel_accuracy"], abs=0.1)
+        assert found["pixel_accuracy"] == pytest.approx(exact[1]["raw"]["pixel_accuracy"], rel=0.3)
 
 
 def test_predict(call, scenes, trained, tmp_path):
@@ -141,6 +141,14 @@ def test_predict(call, scenes, trained, tmp_path):
     assert (top["label"], top["part"]) == (counts.argmax(), pytest.approx(counts.max() / labels.size))
     with Image.open(tmp_path / "out" / predictions[0]["overlay"]) as overlay:
         assert overlay.width > 400
+
+
+def test_predict_a_thin_image(call, trained, tmp_path):
+    """Whose short side would be less than a patch of the network."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 400, 3), np.uint8)).save(tmp_path / "line.png")
+    call("-m", "msvmamba_jax.predict", trained, tmp_path / "line.png", "--output", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "line_labels.png") as label_map:
+        assert label_map.size == (400, 3)
 
 
 def test_a_classifier_s_configuration_is_for_another_task(call, trained):

@@ -149,7 +149,7 @@ def test_imagenet_recipe(name, parity):
     assert (task.erase_probability, task.mixing) == (0.25, Mixing(mixup=0.8, cutmix=1.0))
     recipe_name = name if name.startswith("vssm") else f"msvmamba_{name}"
     assert config.model.name == recipe_name
-    assert recipe_name in VARIANTS
+    assert config.model.drop_path == VARIANTS[recipe_name].backbone.drop_path
     recorded = parity.json("recipe/lr_schedule.json")
     clock = make_clock(config, dataset())
     assert (config.batch_size, clock.steps) == (recorded["total_batch"], 300 * recorded["steps_per_epoch"])
@@ -167,6 +167,17 @@ def test_data_options_are_the_recipes(name):
     assert {key: config.data[key] for key in ("size", "interpolation", "randaugment", "scale", "ratio", "flip")} == {
         key: getattr(augment, key) for key in ("size", "interpolation", "randaugment", "scale", "ratio", "flip")
     }
+
+
+def test_options_of_regions_are_checked():
+    config, data = load("coco_tiny_1x"), dataset(task="detection")
+    with config.ignore_type():
+        config.regions.proposals = 1000
+    with pytest.raises(InputError, match=r"config\.regions\.proposals must be two numbers"):
+        make_task(config, data)
+    del config.regions.anchor_samples
+    with pytest.raises(InputError, match=r"config\.regions lacks anchor_samples"):
+        make_task(config, data)
 
 
 def test_options_of_mixing_are_checked():

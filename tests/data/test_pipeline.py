@@ -8,6 +8,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,9 @@ def test_batches_of_groups_are_the_same_after_a_restart(workers: int) -> None:
 
 
 def test_groups_too_small_for_a_batch() -> None:
+    assert pipeline.unused_records(grouped(), batch_size=6) == 0
+    assert pipeline.unused_records(grouped(), batch_size=8) == 6
+    assert pipeline.unused_records(numbers(train=5), batch_size=4) == 0
     with pytest.raises(InputError, match="at most 19 of one shape"):
         pipeline.train_steps_per_epoch(grouped(), batch_size=20)
 
@@ -350,6 +354,27 @@ def test_a_damaged_file_ends_with_its_name(files: Files, workers: int) -> None:
         take(dataset, 1, batch_size=6, workers=workers)
     with pytest.raises(InputError, match=r"4\.png"):
         evaluation(dataset, batch_size=6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_signals_to_all_processes_leave_the_workers_alone(digits: Dataset, number: int) -> None:
+    """A run saves first."""
+    with contextlib.closing(pipeline.train_batches(digits, batch_size=8, seed=0, start_step=0, workers=1)) as batches:
+        next(batches)
+        [worker] = multiprocessing.active_children()
+        assert worker.pid is not None
+        os.kill(worker.pid, number)
+        for _ in range(6):  # more than were made before
+            next(batches)
+        assert worker.is_alive()
+
+
+def test_a_killed_worker_ends_with_a_sentence(digits: Dataset) -> None:
+    with contextlib.closing(pipeline.train_batches(digits, batch_size=8, seed=0, start_step=0, workers=1)) as batches:
+        next(batches)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(InputError, match="was killed, perhaps because memory ran out"):
+            list(itertools.islice(batches, 20))
 
 
 def test_closing_stops_the_workers(digits: Dataset) -> None:

@@ -127,6 +127,7 @@ def test_pickle(prepared: Path) -> None:
         ({"name": "tiny_shapez"}, "tiny_shapez"),
         ({"name": "mnist"}, "tfds build mnist --file_format=array_record --data_dir="),
         ({"name": "tiny_text"}, "'image' and 'label'"),
+        ({"train_split": "train[:x]"}, "no split 'train[:x]'"),
         ({"train_split": "training"}, "no split 'training'; it has 'train', 'validation'"),
         ({"name": ""}, "--config.data.name"),
         ({"rooot": "x"}, "'rooot'"),

@@ -285,3 +285,8 @@ def test_four_devices_train_as_one():
     np.testing.assert_allclose(auxiliary.reshape(one[1].shape), one[1], atol=1e-4)
     for path, value in flatten(statistics):
         np.testing.assert_allclose(value, one[2][path], atol=1e-5, err_msg=path)
+
+
+def test_labels_are_bytes():
+    with pytest.raises(InputError, match="at most 255 classes; got 256"):
+        create_segmenter("msvmamba_nano", num_classes=256, rngs=nnx.Rngs(0))

@@ -5,6 +5,7 @@ All of them compile the same small model; a compilation cache in a temporary fol
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,9 +42,10 @@ def cache(tmp_path_factory):
 def start(cache):
     """Starts a run in a process of its own."""
 
-    def start(workdir, **options):
+    def start(workdir, *program, **options):
         flags = {**OPTIONS, **{f"config.{name}": value for name, value in options.items()}}
-        command = [sys.executable, "-m", "msvmamba_jax.train", "--config=configs/digits.py", f"--workdir={workdir}"]
+        program = program or ("-m", "msvmamba_jax.train")
+        command = [sys.executable, *program, "--config=configs/digits.py", f"--workdir={workdir}"]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -154,6 +156,36 @@ def test_sigterm_saves_first(start, run, uninterrupted, tmp_path):
     assert_identical(uninterrupted, workdir)
 
 
+STOPPED_WHILE_IT_EVALUATES = """
+import os, signal
+from msvmamba_jax import train
+from msvmamba_jax.training import loop
+
+evaluate = loop.evaluate
+
+def interrupted(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*arguments, **options)
+
+loop.evaluate = interrupted
+train.main()
+"""
+
+
+def test_sigterm_during_an_evaluation_saves_first(start, run, uninterrupted, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = start(workdir, "-c", STOPPED_WHILE_IT_EVALUATES, save_every="1000 steps")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "step 4, eval: not evaluated to the end" in out
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+    assert not any("eval/loss" in line for line in metrics(workdir))
+    status, out, err = run(workdir)
+    assert status == 0, err
+    assert "going on from step 4" in out
+    assert_identical(uninterrupted, workdir)
+
+
 def test_complete_run_is_left_alone(run, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     status, out, _ = run(uninterrupted)
@@ -197,9 +229,29 @@ def test_full_disk_is_reported(run, tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_workdir_that_cannot_be(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, _, err = run(tmp_path / "file" / "run")
+    assert status == 1
+    assert err == f"error: cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory\n"
+
+
+def test_damaged_metrics(run, uninterrupted, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(uninterrupted, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    with (workdir / "metrics.jsonl").open("r+b") as file:
+        file.write(b"\0\0\0\xff")
+    status, _, err = run(workdir)
+    assert status == 1
+    assert "metrics.jsonl has a damaged line" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"optimizer.clip_norm": -1.0}, "clip_norm must not be negative"),
         ({"model.name": "msvmamba_huge"}, "there is no model 'msvmamba_huge'"),
         ({"batch_size": 5000}, "lower batch_size"),
         ({"accumulate": 2}, "does not divide into 2 parts"),

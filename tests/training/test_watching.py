@@ -70,9 +70,24 @@ def test_profile(tmp_path):
     assert "steps 3 to 4" in told[4]
     assert str(tmp_path / "profile") in told[4]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert not any(profile.due(step) for step in range(9))  # once
+
     off = watching.Profile("", tmp_path / "off")
     assert [off.at(step) for step in range(3)] == [None] * 3
     assert not (tmp_path / "off").exists()
+
+
+def test_profile_of_a_run_that_goes_on(tmp_path):
+    within = watching.Profile("2:5", tmp_path / "within")
+    assert [within.due(step) for step in (1, 3)] == [False, True]
+    assert within.at(3) is None
+    assert [within.due(step) for step in (4, 5)] == [False, True]
+    assert "steps 4 to 4" in within.finish(4)  # the run ends before the range does
+    assert within.finish(4) is None
+    late = watching.Profile("2:5", tmp_path / "late")
+    assert "steps 3 to 5 of config.profile are past" in late.at(7)
+    assert late.at(8) is None
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "7:3", "a:b", "1:2:3"])
