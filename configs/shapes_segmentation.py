@@ -5,7 +5,7 @@
     python -m msvmamba_jax.evaluate --config configs/shapes_segmentation.py --checkpoint runs/shapes
 
 Twenty classes of textured ground and shapes, in the folders of ADE20K. 12 epochs on two CPU cores, which other programs
-used at the same time, took 17 minutes and ended at 65.6 % mIoU on the 100 evaluation images.
+used at the same time, took 17 minutes and ended at 65.6 % mIoU on the 100 evaluation images, in buckets of 32 pixels.
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+if not Path("/dev/nvidiactl").exists():
+    # For CPUs: compiles in two thirds of the time, and what is compiled here runs but a few times. Commands inherit it.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs round float32 factors to 10 bits otherwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # an accidental float32 in a bfloat16 model is an error

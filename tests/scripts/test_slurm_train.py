@@ -144,7 +144,7 @@ def test_tasks_find_each_other_and_train(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what it compiles runs for two steps
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_NUM_CPU_DEVICES": "1",
     }
     python = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n'
     with Job(tmp_path, python, *arguments, **variables) as job:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import runpy
-import signal
 import sys
 from pathlib import Path
 
@@ -82,15 +81,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The loop handles signals; pytest wants them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @functools.cache

@@ -43,7 +43,7 @@ class Run:
     def __init__(self, workdir, count, cache, options=OPTIONS, own=lambda index: []):
         address = free_address()
         environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
             "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
         self.metrics = workdir / "metrics.jsonl"
