@@ -6,6 +6,7 @@ python -m msvmamba_jax.predict ckpt/tiny photo.jpg holiday/ --output out/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def _main() -> int:
         weights=arguments.weights,
         dtype=arguments.dtype,
     )
+    made = output is not None and not output.exists()
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,9 @@ def _main() -> int:
     finally:  # what was done before an interruption is not lost
         if output is not None and predictions:
             command.write_json(output / "predictions.json", predictions)
+        elif output is not None and made:
+            with contextlib.suppress(OSError):  # not empty
+                output.rmdir()
     if output is not None and predictions:
         print(f"wrote {output / 'predictions.json'} and {_PICTURES[task].format(output)}")
     return 1 if images.unreadable else 0
