@@ -285,4 +285,4 @@ def test_impossible_options(tmp_path, options, message):
 def test_an_impossible_option_ends_with_one_sentence(run, tmp_path):
     status, _, err = run(tmp_path / "run", accumulate=2)
     assert status == 1
-    assert err == ("error: batch_size 119 does not divide into 2 parts on 1 devices: choose a multiple of 2\n")
+    assert err == "error: batch_size 119 does not divide into 2 parts on 1 devices: choose a multiple of 2\n"
