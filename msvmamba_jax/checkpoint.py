@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from msvmamba_jax.data.detection_preprocessing import DetectionPreprocessing
 from msvmamba_jax.data.preprocessing import Preprocessing
 from msvmamba_jax.data.segmentation_preprocessing import SegmentationPreprocessing
-from msvmamba_jax.errors import InputError
+from msvmamba_jax.errors import InputError, writing
 from msvmamba_jax.models.backbone import BackboneConfig
 from msvmamba_jax.models.flops import Flops, classifier_flops, detector_flops, segmenter_flops
 from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, merge
@@ -313,7 +313,7 @@ def save_checkpoint(path: str | Path, description: Description, parameters: Tree
     """
     path = Path(path).absolute()
     check_output(path, overwrite)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
@@ -322,8 +322,6 @@ def save_checkpoint(path: str | Path, description: Description, parameters: Tree
                 )
                 writer.save(Path(temporary) / "new", args=items)
             _replace(path, Path(temporary) / "new", Path(temporary) / "old")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

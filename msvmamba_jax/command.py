@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from msvmamba_jax.errors import InputError
+from msvmamba_jax.errors import InputError, writing
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -131,10 +131,8 @@ def write_json(path: str | Path, values: Any) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    try:
+    with writing(path):
         Path(path).write_text(json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _discard_output() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from msvmamba_jax import command
+from msvmamba_jax.errors import InputError, writing
 
 _MAX_THUMBNAILS = 60  # on the picture; predictions.json has them all
 
@@ -48,7 +49,6 @@ def _main() -> int:
 
     from msvmamba_jax.checkpoint import read_description
     from msvmamba_jax.data.images import find_images
-    from msvmamba_jax.errors import InputError
     from msvmamba_jax.inference import inference_function
 
     command.keep_compiled_programs()
@@ -71,10 +71,8 @@ def _main() -> int:
     )
     made = output is not None and not output.exists()
     if output is not None:
-        try:
+        with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write {output}: {error.strerror or error}") from error
     by_task = {"classification": _classify, "segmentation": _segment, "detection": _detect}
     predictions: list[dict[str, Any]] = []
     try:
@@ -115,7 +113,6 @@ class Images:
         import tqdm
 
         from msvmamba_jax.data.images import read_image
-        from msvmamba_jax.errors import InputError
 
         for path in tqdm.tqdm(self._paths, unit="image", disable=not sys.stderr.isatty(), leave=False):
             try:
@@ -131,7 +128,6 @@ def _classify(
     infer: Any, images: Images, arguments: argparse.Namespace, output: Path | None, predictions: list[dict[str, Any]]
 ) -> None:
     """Prints a line for each image and adds to `predictions`; `predictions.png` shows the first ones."""
-    from msvmamba_jax.errors import InputError
     from msvmamba_jax.pictures import prediction_sheet
 
     top = min(arguments.top, len(infer.class_names))
@@ -247,12 +243,8 @@ def _say(path: Path, line: str) -> None:
 
 
 def _save(picture: Any, path: Path) -> None:
-    from msvmamba_jax.errors import InputError
-
-    try:
+    with writing(path):
         picture.save(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from PIL import Image
 
 from msvmamba_jax import command
 from msvmamba_jax.data.digits import CLASS_NAMES, load_digits
-from msvmamba_jax.errors import InputError
+from msvmamba_jax.errors import writing
 
 
 def main() -> None:
@@ -26,13 +26,11 @@ def main() -> None:
     for index in range(len(evaluation)):
         by_class[evaluation[index]["label"]].append(index)
     one_of_each = [index for same_rank in zip(*by_class, strict=True) for index in same_rank]
-    try:
+    with writing(arguments.folder):
         arguments.folder.mkdir(parents=True, exist_ok=True)
         for number, index in enumerate(one_of_each[: arguments.count]):
             record = evaluation[index]
             Image.fromarray(record["image"]).save(arguments.folder / f"{number:02d}_is_{record['label']}.png")
-    except OSError as error:
-        raise InputError(f"cannot write into {arguments.folder}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import jax
 import pytest
 
 
@@ -14,3 +15,11 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For what takes longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,7 @@ from msvmamba_jax.training.step import initial_state, train_step
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices"),
 ]
 
@@ -68,14 +69,6 @@ def layout_of(name):
         axes = (AxisType.Auto,) * 2
         return JitLayout(jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=axes, devices=jax.devices()[:1]))
     return make_layout("pmap" if name == "pmap" else "jit", fsdp=2 if name == "fsdp" else 1, batch_size=BATCH)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What these steps compute takes no time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @jax.numpy_dtype_promotion("standard")  # optax itself mixes dtypes

@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "convert"))
 import torch_writer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH, STEPS = 8, 2
 TINY = {"name": "msvmamba_nano", "width": 16, "depths": (1, 1, 1, 1), "drop_path": 0.0}
 NAMES = tuple("0123456789")
@@ -73,14 +75,6 @@ def run(workdir, names=NAMES, **options):
     dataset = dataclasses.replace(digits(), class_names=names)
     with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes
         assert train(config, make_task(config, dataset), dataset, workdir) is None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The runs of this file compile; what they compute takes no time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
