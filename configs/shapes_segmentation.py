@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
                 "flip": 0.5,
                 "distort": True,  # change brightness, contrast, saturation and hue
                 "tta": False,  # evaluate with six sizes, each with its mirror image; needs bucket=0
-                "bucket": 32,  # evaluate at multiples of so many pixels, for few shapes; 0: exact
+                "bucket": 0,  # evaluate at multiples of so many pixels, for few shapes; 0: exact
             },
             # name: a variant; the other keys replace the variant's own values
             "model": {

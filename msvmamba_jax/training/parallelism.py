@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.programs import ManyShapes
 
 _SMALL = 4096  # elements; exchanging less than this costs more in latency than it saves in memory
 
@@ -41,7 +42,10 @@ class Layout(Protocol):
         """`train_step`'s function, compiled; it takes what `put` gives and consumes the state."""
 
     def compile_predict(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`predict_step`'s function, compiled; it takes what `put` gives and returns arrays with the leading axis b."""
+        """`predict_step`'s function, compiled; it takes what `put` gives and returns arrays with the leading axis b.
+
+        It may be called with any number of shapes, one after the other.
+        """
 
     def place(self, params: Any) -> Any:
         """Parameters, wherever they are, as `create` lays out those of a state."""
@@ -104,7 +108,7 @@ class JitLayout:
 
         # Several processes each need all predictions; within one they are read from where they are.
         out = everywhere if self.processes > 1 else self.batch
-        return jax.jit(gathered, in_shardings=(None, self.batch), out_shardings=out)
+        return ManyShapes(jax.jit(gathered, in_shardings=(None, self.batch), out_shardings=out))
 
     def place(self, params: Any) -> Any:
         """See `Layout`."""
@@ -143,7 +147,7 @@ class PmapLayout:
 
     def compile_predict(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """See `Layout`."""
-        compiled = jax.pmap(step, axis_name=self.axis, in_axes=(None, 0))
+        compiled = ManyShapes(jax.pmap(step, axis_name=self.axis, in_axes=(None, 0)))
 
         def predict(params: Any, batch: Any) -> Any:
             # On the host: there an array of all devices is joined without a program of its own.

@@ -12,7 +12,7 @@ from msvmamba_jax.data.segmentation_preprocessing import TTA_RATIOS, Segmentatio
 from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, bind, unflatten
 from msvmamba_jax.models.variants import create_segmenter
 from msvmamba_jax.tasks.pixels import normalise
-from msvmamba_jax.tasks.segmentation import pixel_logits
+from msvmamba_jax.tasks.segmentation import both_ways
 
 TOLERANCE = 1e-4  # relative L2
 
@@ -43,14 +43,11 @@ def test_logits_of_every_view_and_their_average(recorded, model, images, relativ
     assert len(images) == len(TTA_RATIOS) == 6
     total = np.zeros((height, width, 150))
     for index, image in enumerate(images):
-        for flip in (False, True):
-            view = jax.jit(
-                lambda image, flip=flip: pixel_logits(
-                    model, normalise(image, SegmentationPreprocessing()), height, width, flip=flip
-                ),
-                compiler_options=HASTY,
-            )
-            [logits] = view(image[None])
+        views = jax.jit(
+            lambda image: both_ways(model, normalise(image, SegmentationPreprocessing()), height, width),
+            compiler_options=HASTY,
+        )(image[None])
+        for flip, [logits] in zip((False, True), views, strict=True):
             number = 2 * index + flip
             assert bool(recorded["flip"][number]) == flip
             found = np.asarray(logits).transpose(2, 0, 1)[None, ::10, ::8, ::8]
