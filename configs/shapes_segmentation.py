@@ -5,7 +5,8 @@
     python -m msvmamba_jax.evaluate --config configs/shapes_segmentation.py --checkpoint runs/shapes
 
 Twenty classes of textured ground and shapes, in the folders of ADE20K. 12 epochs on two CPU cores, which other programs
-used at the same time, took 17 minutes and ended at 65.6 % mIoU on the 100 evaluation images, in buckets of 32 pixels.
+used at the same time, took 14 minutes and ended at 67.0 % mIoU on the 100 evaluation images, and 67.5 % with
+--config.data.tta=true.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +29,7 @@ def get_config() -> ConfigDict:
                 "max_class_part": 0.75,  # of a crop's pixels that one class may have
                 "flip": 0.5,
                 "distort": True,  # change brightness, contrast, saturation and hue
-                "tta": False,  # evaluate with six sizes, each with its mirror image; needs bucket=0
+                "tta": False,  # evaluate with six sizes, each with its mirror image
                 "bucket": 0,  # evaluate at multiples of so many pixels, for few shapes; 0: exact
             },
             # name: a variant; the other keys replace the variant's own values
