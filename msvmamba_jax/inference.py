@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from msvmamba_jax.checkpoint import Description, Weights, build_model, load_chec
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.parameters import Tree, bind, get_weights
+from msvmamba_jax.programs import ManyShapes
 from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
 from msvmamba_jax.tasks.segmentation import best_classes
 
@@ -49,7 +51,11 @@ class InferenceFunction:
 
     def __call__(self, images: ArrayLike) -> Predictions:
         """As `apply`, with the checkpoint's weights."""
-        return self.apply(self.parameters, jnp.asarray(images))
+        return self._apply(self.parameters, jnp.asarray(images))
+
+    @functools.cached_property
+    def _apply(self) -> ManyShapes:
+        return ManyShapes(self.apply)
 
 
 def inference_function(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +50,6 @@ def _main() -> int:
     from msvmamba_jax.checkpoint import read_description
     from msvmamba_jax.data.images import find_images
     from msvmamba_jax.inference import inference_function
-    from msvmamba_jax.programs import ManyShapes
 
     command.keep_compiled_programs()
     for name in ("top", "batch_size"):
@@ -71,7 +69,6 @@ def _main() -> int:
         weights=arguments.weights,
         dtype=arguments.dtype,
     )
-    infer = dataclasses.replace(infer, apply=ManyShapes(infer.apply))
     made = output is not None and not output.exists()
     if output is not None:
         with writing(output):

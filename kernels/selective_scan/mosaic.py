@@ -38,7 +38,6 @@ from msvmamba_jax.kernels.selective_scan.config import (
     local_device,
 )
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
-from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E
 from msvmamba_jax.kernels.selective_scan.routes import SHARED, Route, ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles, tiles
 
@@ -274,15 +273,21 @@ def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
 
 
 def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array) -> mosaic_block.Operands:
-    """Fills up the small arrays. The maps pass as they are, unless channels do not fill words."""
-    missing = geometry.lanes - inputs.u.shape[-1]
+    """The maps pass as they are, unless channels do not fill words, and so do parameters whose channels fill blocks.
+
+    Others are filled up together: a program of XLA's for each would take longer than it works.
+    """
+    parameters = [x.astype(jnp.float32) for x in (inputs.A.T, inputs.D[None], inputs.delta_bias[None])]
+    if geometry.lanes > inputs.u.shape[-1]:
+        parameters = [_fill_up(jnp.concatenate(parameters), geometry.lanes)] * 3
+    A, D, bias = parameters
     return mosaic_block.Operands(
         u=_fill_up(inputs.u, geometry.channels),
         delta=_fill_up(inputs.delta, geometry.channels),
         BC=BC,
-        A=jnp.pad(inputs.A.astype(jnp.float32).T * LOG2_E, ((0, 0), (0, missing))),
-        D=jnp.pad(inputs.D.astype(jnp.float32), (0, missing)),
-        bias=jnp.pad(inputs.delta_bias.astype(jnp.float32), (0, missing)),
+        A=A,
+        D=D,
+        bias=bias,
     )
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from msvmamba_jax.kernels.selective_scan.recurrence import decays, softplus
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
@@ -110,14 +110,27 @@ class Geometry:
 
 
 class Operands(NamedTuple):
-    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC."""
+    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC.
+
+    A, D and bias are arrays of their own, or all three the same one, with A's rows, then D, then the bias.
+    """
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d)
     BC: jax.Array  # (b, tiles of the path, rows, 32), float32: for each position of a tile n of B, then n of C
-    A: jax.Array  # (n, lanes), float32, times log2(e)
-    D: jax.Array  # (lanes,), float32
-    bias: jax.Array  # (lanes,), float32
+    A: jax.Array  # (n or n + 2, lanes), float32
+    D: jax.Array  # (1 or n + 2, lanes), float32
+    bias: jax.Array  # (1 or n + 2, lanes), float32
+
+    @property
+    def row_of_skip(self) -> int:
+        """Which row of `D` D is."""
+        return max(self.D.shape[0] - 2, 0)
+
+    @property
+    def row_of_bias(self) -> int:
+        """Which row of `bias` the bias is."""
+        return self.bias.shape[0] - 1
 
 
 class Visits(NamedTuple):
@@ -144,12 +157,12 @@ class Block:
         self.image = lax.div(block, geometry.blocks)
         self.number = lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
-        self._bias = operands.bias[self.channels]
-        self.D = operands.D[self.channels]
+        self._bias = operands.bias[operands.row_of_bias, self.channels]
+        self.D = operands.D[operands.row_of_skip, self.channels]
         if geometry.states == 1:
-            self._a = operands.A[0, self.channels]
+            self._a = operands.A[0, self.channels] * LOG2_E
         else:
-            self.each_state(lambda i, carry: self.put("A", carry, i, operands.A[i, self.channels]), ())
+            self.each_state(lambda i, carry: self.put("A", carry, i, operands.A[i, self.channels] * LOG2_E), ())
 
     def full(self, value: float) -> jax.Array:
         """A vector of equal values."""

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, THREADS, Geometry, Operands
-from msvmamba_jax.kernels.selective_scan.recurrence import decays, softplus
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
@@ -165,14 +165,15 @@ class _Block:
         g = self._geometry
         first = g.routes[0]
         self._fetch(first.reversed)
-        self._a, self._D, self._bias = (
-            _spread(_load(ref, _OF_CHANNELS), 1)
-            for ref in (
-                self._operands.A.at[0, self._channels],
-                self._operands.D.at[self._channels],
-                self._operands.bias.at[self._channels],
+        a, self._D, self._bias = (
+            _spread(_load(ref.at[row, self._channels], _OF_CHANNELS), 1)
+            for ref, row in (
+                (self._operands.A, 0),
+                (self._operands.D, self._operands.row_of_skip),
+                (self._operands.bias, self._operands.row_of_bias),
             )
         )
+        self._a = a * LOG2_E
         if self._states is not None:
             self._clear_surplus_lanes()
         plgpu.barrier_wait(self._scratch["BC ready"])
