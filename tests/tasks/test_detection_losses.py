@@ -254,7 +254,8 @@ def test_a_small_detector_learns():
     model = create_detector("msvmamba_nano", rngs=nnx.Rngs(0), **options)
     optimiser, limits = optax.adam(2e-3), ProposalLimits(200, 100)
 
-    @jax.jit
+    # Runs longer than it compiles, so compiled as for users and not as tests/conftest.py has it.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def update(parameters, state, keys):
         quota = Quota(64, 16)
         run = lambda p: detection_loss(bind(model, p), images, truth, keys, limits=limits, head_quota=quota)  # noqa: E731
