@@ -21,7 +21,7 @@ class ManyShapes:
         """Wraps a function.
 
         Args:
-            function: compiles for new shapes.
+            function: compiles for new shapes of its last argument; those of the others stay the same.
             crowded: says whether to forget before a new shape; by default `half_of_the_memory_maps_are_taken`.
         """
         self._function, self._crowded = function, crowded or half_of_the_memory_maps_are_taken
@@ -29,7 +29,7 @@ class ManyShapes:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
-        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(arguments))
+        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(arguments[-1]))
         if shapes not in self._shapes:
             if self._crowded():
                 jax.clear_caches()
