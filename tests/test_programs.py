@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msvmamba_jax import programs
 from msvmamba_jax.programs import ManyShapes, half_of_the_memory_maps_are_taken
+from msvmamba_jax.training.parallelism import make_layout
 
 
 def traced_function():
@@ -67,3 +69,15 @@ def test_half_of_the_maps(tmp_path, taken, expected):
 
 def test_a_system_without_such_files_is_never_crowded(tmp_path):
     assert not half_of_the_memory_maps_are_taken(tmp_path)
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_predictions_of_a_run_ask_before_each_new_shape(monkeypatch, parallelism):
+    asked = []
+    monkeypatch.setattr(programs, "half_of_the_memory_maps_are_taken", lambda: asked.append(1) or False)
+    layout = make_layout(parallelism, fsdp=1, batch_size=4)
+    predict = layout.compile_predict(lambda params, batch: {"y": params["w"] * batch["x"]})
+    for length in (1, 2, 1):
+        found = predict({"w": jnp.float32(3)}, layout.put({"x": np.ones((4, length), np.float32)}))
+        np.testing.assert_array_equal(found["y"], np.full((4, length), 3.0))
+    assert len(asked) == 2
