@@ -22,13 +22,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels, mosaic_resident
+from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels, mosaic_resident, mosaic_small
 from msvmamba_jax.kernels.selective_scan.config import (
     Device,
     Problem,
@@ -155,18 +156,9 @@ def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> 
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
     inputs, states = residuals
     arrays = _in_kernel_dtypes(inputs)
-    du, ddelta, dBC, dparameters = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
-    n = inputs.A.shape[1]
-    dparameters = jnp.sum(dparameters, axis=0)
-    gradients = ScanInputs(
-        u=du,
-        delta=ddelta,
-        A=dparameters[:n].T,
-        B=dBC[..., :n],
-        C=dBC[..., n:],
-        D=dparameters[n],
-        delta_bias=dparameters[n + 1],
-    )
+    du, ddelta, dB, dC, dA, *rest = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
+    *dA, dD, dbias = _summed([*(dA[:, i] for i in range(dA.shape[1])), *rest], (0,))
+    gradients = ScanInputs(u=du, delta=ddelta, A=jnp.stack(dA, axis=1), B=dB, C=dC, D=dD, delta_bias=dbias)
     return ScanInputs(*(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
 
 
@@ -190,15 +182,23 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     inputs = ScanInputs(*arrays)
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry_here(problem, routes)
+    if _is_small(problem, geometry, local_device()):
+        y, *states = mosaic_small.scan(geometry, _small_operands(inputs, geometry), save=save)
+        return (y[..., : inputs.u.shape[-1]], *states)
     alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
     if alike and _stays_resident(problem, local_device()):
-        operands = _operands(inputs, geometry, mosaic_resident.packed(inputs))
+        BC, lanes = mosaic_resident.packed(inputs), geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
+        operands = _operands(inputs, geometry, BC, lanes)
         y, *states = mosaic_resident.scan(geometry, operands, save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
-    operands = _operands(inputs, geometry, _tiled(inputs, geometry))
+    operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
     return (y[..., : inputs.u.shape[-1]], *states)
+
+
+def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device) -> bool:
+    return geometry.block == _BLOCK and mosaic_small.supports(problem, device.shared_memory)
 
 
 def _stays_resident(problem: Problem, device: Device) -> bool:
@@ -206,19 +206,27 @@ def _stays_resident(problem: Problem, device: Device) -> bool:
 
 
 def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """du, ddelta (b, h, w, d), dBC (b, h, w, 2n), and the gradients of A, D and the bias (b, n + 2, d)."""
+    """du, ddelta (b, h, w, d), dB, dC (b, h, w, n); dA (b, n, d), and the gradients of D and the bias (b, d)."""
     inputs = ScanInputs(*arrays[:7])
     states, dy = arrays[7:]
-    geometry = _geometry_here(Problem.of("backward", inputs, routes), routes)
-    operands, dy = _operands(inputs, geometry, _tiled(inputs, geometry)), _fill_up(dy, geometry.channels)
+    problem = Problem.of("backward", inputs, routes)
+    geometry = _geometry_here(problem, routes)
+    channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
+    if _is_small(problem, geometry, local_device()):
+        operands = _small_operands(inputs, geometry)
+        du, ddelta, dBC, dA, dD, dbias = mosaic_small.scan_backward(geometry, operands, dy, states)
+        dB, dC = mosaic_small.on_the_map(geometry, dBC)
+        return tuple(x[..., :channels] for x in (du, ddelta)) + (dB, dC) + tuple(x[..., :channels] for x in (dA[:, None], dD, dbias))
+    operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)
     ends = later = None
     if geometry.parts > 1:
         ends = mosaic_kernels.segment_ends(geometry, operands)
         later = mosaic_kernels.later_segment_ends(geometry, operands, dy)
     du, ddelta, dBC, dparameters = mosaic_kernels.scan_backward(geometry, operands, dy, states, ends, later)
-    channels = inputs.u.shape[-1]
     du, ddelta = (_sum_over_routes(x)[..., :channels] for x in (du, ddelta))
-    return du, ddelta, _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
+    dBC, dparameters = _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
+    n = problem.states
+    return du, ddelta, dBC[..., :n], dBC[..., n:], dparameters[:, :n], dparameters[:, n], dparameters[:, n + 1]
 
 
 def _geometry_here(problem: Problem, routes: tuple[Route, ...]) -> mosaic_block.Geometry:
@@ -272,23 +280,38 @@ def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
     return True
 
 
-def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array) -> mosaic_block.Operands:
-    """The maps pass as they are, unless channels do not fill words, and so do parameters whose channels fill blocks.
-
-    Others are filled up together: a program of XLA's for each would take longer than it works.
-    """
-    parameters = [x.astype(jnp.float32) for x in (inputs.A.T, inputs.D[None], inputs.delta_bias[None])]
-    if geometry.lanes > inputs.u.shape[-1]:
-        parameters = [_fill_up(jnp.concatenate(parameters), geometry.lanes)] * 3
-    A, D, bias = parameters
+def _operands(
+    inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array, lanes: int
+) -> mosaic_block.Operands:
+    """The maps pass as they are, unless channels do not fill words."""
     return mosaic_block.Operands(
         u=_fill_up(inputs.u, geometry.channels),
         delta=_fill_up(inputs.delta, geometry.channels),
         BC=BC,
-        A=A,
-        D=D,
-        bias=bias,
+        parameters=_parameters(inputs, lanes),
     )
+
+
+def _small_operands(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> mosaic_small.Operands:
+    B, C = mosaic_small.flat(inputs.B, inputs.C)
+    return mosaic_small.Operands(
+        u=_fill_up(inputs.u, geometry.channels),
+        delta=_fill_up(inputs.delta, geometry.channels),
+        B=B,
+        C=C,
+        parameters=_parameters(inputs, geometry.lanes),
+    )
+
+
+def _parameters(inputs: ScanInputs, lanes: int) -> mosaic_block.Parameters:
+    """As they are if their channels fill `lanes`, those of all blocks.
+
+    Others are filled up together: a program of XLA's for each would take longer than it works.
+    """
+    parameters = [x.astype(jnp.float32) for x in (inputs.A.T, inputs.D[None], inputs.delta_bias[None])]
+    if lanes > inputs.u.shape[-1]:
+        parameters = [_fill_up(jnp.concatenate(parameters), lanes)] * 3
+    return mosaic_block.Parameters(*parameters)
 
 
 def _tiled(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> jax.Array:
@@ -308,6 +331,12 @@ def _fill_up(x: jax.Array, channels: int) -> jax.Array:
 
 def _sum_over_routes(x: jax.Array) -> jax.Array:
     return x[:, 0] if x.shape[1] == 1 else jnp.sum(x, axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+def _summed(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Sums of float32 arrays of the same shape, which XLA makes one program for."""
+    zeros = [jnp.float32(0.0)] * len(xs)
+    return list(lax.reduce(list(xs), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes))
 
 
 def _sums_on_the_map(geometry: mosaic_block.Geometry, dBC: jax.Array) -> jax.Array:

@@ -109,15 +109,9 @@ class Geometry:
         return rows + -rows % _WARPS
 
 
-class Operands(NamedTuple):
-    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC.
+class Parameters(NamedTuple):
+    """A, D and the bias: arrays of their own, or all three the same one, with A's rows, then D, then the bias."""
 
-    A, D and bias are arrays of their own, or all three the same one, with A's rows, then D, then the bias.
-    """
-
-    u: jax.Array  # (b, h, w, d)
-    delta: jax.Array  # (b, h, w, d)
-    BC: jax.Array  # (b, tiles of the path, rows, 32), float32: for each position of a tile n of B, then n of C
     A: jax.Array  # (n or n + 2, lanes), float32
     D: jax.Array  # (1 or n + 2, lanes), float32
     bias: jax.Array  # (1 or n + 2, lanes), float32
@@ -131,6 +125,20 @@ class Operands(NamedTuple):
     def row_of_bias(self) -> int:
         """Which row of `bias` the bias is."""
         return self.bias.shape[0] - 1
+
+
+class Operands(NamedTuple):
+    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC."""
+
+    u: jax.Array  # (b, h, w, d)
+    delta: jax.Array  # (b, h, w, d)
+    BC: jax.Array  # (b, tiles of the path, rows, 32), float32: for each position of a tile n of B, then n of C
+    parameters: Parameters
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> Operands:
+        """The first references that a kernel is given, where its first arguments are `jax.tree.leaves(operands)`."""
+        return cls(*refs[:3], Parameters(*refs[3:6]))
 
 
 class Visits(NamedTuple):
@@ -157,12 +165,13 @@ class Block:
         self.image = lax.div(block, geometry.blocks)
         self.number = lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
-        self._bias = operands.bias[operands.row_of_bias, self.channels]
-        self.D = operands.D[operands.row_of_skip, self.channels]
+        A, D, bias = operands.parameters
+        self._bias = bias[operands.parameters.row_of_bias, self.channels]
+        self.D = D[operands.parameters.row_of_skip, self.channels]
         if geometry.states == 1:
-            self._a = operands.A[0, self.channels] * LOG2_E
+            self._a = A[0, self.channels] * LOG2_E
         else:
-            self.each_state(lambda i, carry: self.put("A", carry, i, operands.A[i, self.channels] * LOG2_E), ())
+            self.each_state(lambda i, carry: self.put("A", carry, i, A[i, self.channels] * LOG2_E), ())
 
     def full(self, value: float) -> jax.Array:
         """A vector of equal values."""
@@ -301,15 +310,7 @@ class Block:
             rows[position % tiles.chunk] = dB
             rows[tiles.chunk + position % tiles.chunk] = dC
         plgpu.commit_smem()
-        # A warp takes whole rows, a thread four neighbouring channels.
-        layout = plgpu.Layout.TILED(
-            plgpu.Tiling(((_WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-        )
-        sums = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
-        if hasattr(plgpu, "store"):  # from jax 0.12 on, which refuses by default to store single words
-            plgpu.store(target, sums, optimized=False)
-        else:
-            target[...] = sums
+        sum_rows(rows, target)
 
     # Travel
 
@@ -429,6 +430,34 @@ class Block:
         if outputs:
             plgpu.wait_smem_to_gmem(0)
         return carry
+
+
+def in_place_of_delta(step: jax.Array, dtype: Any) -> jax.Array:
+    """A step size as it may be kept where delta, of that dtype, was; `as_step` is the inverse.
+
+    In place of a bfloat16 it becomes a float16, whose last bit weighs an eighth as much. A step size of more than 65504
+    overflows then, and one of less than 6e-5 is rounded to a multiple of 6e-8.
+    """
+    return lax.bitcast_convert_type(step.astype(jnp.float16), jnp.bfloat16) if dtype == jnp.bfloat16 else step
+
+
+def as_step(kept: jax.Array) -> jax.Array:
+    """The step size, float32, of what `in_place_of_delta` made of it."""
+    kept = lax.bitcast_convert_type(kept, jnp.float16) if kept.dtype == jnp.bfloat16 else kept
+    return kept.astype(jnp.float32)
+
+
+def sum_rows(rows: Any, target: Any) -> None:
+    """Sums rows (m, 128 or 256) in shared memory, m a multiple of four, to `target` (m,) in device memory."""
+    # A warp takes whole rows, a thread four neighbouring channels.
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((_WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    )
+    sums = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, which refuses by default to store single words
+        plgpu.store(target, sums, optimized=False)
+    else:
+        target[...] = sums
 
 
 def _ordered(count: int, backwards: bool) -> range:

@@ -42,7 +42,7 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
         out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], g.states, g.lanes), jnp.float32))
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
-        block = Block(g, Operands(*refs[:6]), scratch)
+        block = Block(g, Operands.of(refs), scratch)
         ends_ref = refs[6] if ends is not None else None
         y_ref, *states_ref = refs[6 + (ends is not None) :]
 
@@ -71,7 +71,7 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
 
         block.along_path(False, lambda segment: block.entering(ends_ref, segment), route, lambda segment, h: None)
 
-    arrays = operands if ends is None else (*operands, ends)
+    arrays = (*jax.tree.leaves(operands), *(() if ends is None else (ends,)))
     return kernel(g, body, out_type, _scan_scratch(g))(*arrays)
 
 
@@ -91,7 +91,7 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
     out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states + 1, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
-        block = Block(g, Operands(*refs[:6]), scratch)
+        block = Block(g, Operands.of(refs), scratch)
         ends_ref = refs[6]
 
         def route(index: int, tiles: Tiles, first: Any, count: Any, carry: Any) -> Any:
@@ -120,7 +120,7 @@ def segment_ends(geometry: Geometry, operands: Operands) -> jax.Array:
         block.along_path(False, lambda segment: (block.zero_states("h"), block.full(0.0)), route, finish)
 
     scratch = Scratch(input_buffers(g) | state_buffers(g, "h"), inputs=(3,))
-    return kernel(g, body, out_type, scratch)(*operands)
+    return kernel(g, body, out_type, scratch)(*jax.tree.leaves(operands))
 
 
 def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
     out_type = jax.ShapeDtypeStruct((g.batch, g.segments, g.states, g.lanes), jnp.float32)
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
-        block = Block(g, Operands(*refs[:6]), scratch)
+        block = Block(g, Operands.of(refs), scratch)
         dy_ref, ends_ref = refs[6:]
 
         def route(index: int, tiles: Tiles, first: Any, count: Any, r: Any) -> Any:
@@ -162,7 +162,7 @@ def later_segment_ends(geometry: Geometry, operands: Operands, dy: jax.Array) ->
         block.along_path(True, lambda segment: block.zero_states("r"), route, finish)
 
     scratch = Scratch(input_buffers(g) | state_buffers(g, "r") | {"dy": input_buffer(g, g.dtype)}, inputs=(4,))
-    return kernel(g, body, out_type, scratch)(*operands, dy)
+    return kernel(g, body, out_type, scratch)(*jax.tree.leaves(operands), dy)
 
 
 def scan_backward(
@@ -199,7 +199,7 @@ def scan_backward(
     cut = ends is not None
 
     def body(*refs: Any, scratch: dict[str, Any]) -> None:
-        block = Block(g, Operands(*refs[:6]), scratch)
+        block = Block(g, Operands.of(refs), scratch)
         dy_ref, states_ref = refs[6:8]
         ends_ref, later_ref = refs[8:10] if cut else (None, None)
         du_ref, ddelta_ref, dBC_ref, dparameters_ref = refs[-4:]
@@ -275,7 +275,7 @@ def scan_backward(
         block.along_path(True, start, route, finish)
 
     more = (ends, later) if cut else ()
-    return tuple(kernel(g, body, out_type, _scan_backward_scratch(g))(*operands, dy, states, *more))
+    return tuple(kernel(g, body, out_type, _scan_backward_scratch(g))(*jax.tree.leaves(operands), dy, states, *more))
 
 
 def _scan_backward_scratch(geometry: Geometry) -> Scratch:

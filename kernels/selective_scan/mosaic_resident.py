@@ -22,13 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem
-from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, THREADS, Geometry, Operands
+from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, THREADS, Geometry, Operands, as_step, in_place_of_delta
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
 _LINES = 4  # warps of a warpgroup
-_CHANNELS = 32  # lanes of a warp
+CHANNELS = 32  # of a block: lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
 _LONG = 20  # positions; lengths between 14 and 28 have not been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
@@ -36,7 +36,7 @@ _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
 _HIGH_HALF = -(1 << 16)  # of a word
 
-_VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, _CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+_VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 _OF_LINES = _VECTOR.reduce(1)  # (4,): all lanes of a warp hold its value
 _OF_CHANNELS = _VECTOR.reduce(0)  # (32,): every warp holds them
 
@@ -58,7 +58,7 @@ def supports(problem: Problem, shared_memory: int) -> bool:
         and problem.routes > 1
         and min(sides) >= _LINES
         and max(sides) <= _LONGEST
-        and problem.width * channels != _CHANNELS
+        and problem.width * channels != CHANNELS
         and _shared_bytes(problem) <= shared_memory
     )
 
@@ -79,7 +79,7 @@ def faster(problem: Problem, device: Device) -> bool:
 def _shared_bytes(problem: Problem) -> int:
     """At most: of several chunks of a line each has eight positions or more."""
     height, width, itemsize = problem.height, problem.width, jnp.dtype(problem.dtype).itemsize
-    pitch, line = _pitch(height, width, problem.dtype), _LINES * _CHANNELS
+    pitch, line = _pitch(height, width, problem.dtype), _LINES * CHANNELS
     buffers = (
         *(_groups(height) * width * line * itemsize,) * 2,
         height * (width + -width % _ROW) * 2 * itemsize,
@@ -121,23 +121,23 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
     out_type = [jax.ShapeDtypeStruct((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype)]
     if save:
         out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], 1, g.lanes), jnp.float32))
-    blocks = -(-g.channels // _CHANNELS)
+    blocks = -(-g.channels // CHANNELS)
     rows, pitch = _groups(g.height) * _LINES, _pitch(g.height, g.width, g.dtype)
     buffers: dict[str, Any] = {
-        "u": plgpu.SMEM((rows, g.width, _CHANNELS), operands.u.dtype),
-        "delta": plgpu.SMEM((rows, g.width, _CHANNELS), operands.delta.dtype),
+        "u": plgpu.SMEM((rows, g.width, CHANNELS), operands.u.dtype),
+        "delta": plgpu.SMEM((rows, g.width, CHANNELS), operands.delta.dtype),
         "BC": plgpu.SMEM(operands.BC.shape[1:], operands.BC.dtype),
-        "y": plgpu.SMEM((_LINES, pitch, _CHANNELS), g.dtype),
-        "exchange": plgpu.SMEM((2, _LINES, _CHANNELS), jnp.float32),
+        "y": plgpu.SMEM((_LINES, pitch, CHANNELS), g.dtype),
+        "exchange": plgpu.SMEM((2, _LINES, CHANNELS), jnp.float32),
         "map": plgpu.Barrier(num_arrivals=2, num_barriers=_groups(g.height)),
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
     if save:
         chunks = max(_chunks_of_a_line(route) for route in g.routes)
-        buffers["states"] = plgpu.SMEM((_LINES, chunks, _CHANNELS), jnp.float32)
+        buffers["states"] = plgpu.SMEM((_LINES, chunks, CHANNELS), jnp.float32)
 
     def body(*refs: Any, **scratch: Any) -> None:
-        _Block(g, Operands(*refs[:6]), refs[6], refs[7] if save else None, scratch).run()
+        _Block(g, Operands.of(refs), refs[6], refs[7] if save else None, scratch).run()
 
     call = plgpu.kernel(
         body,
@@ -147,7 +147,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         grid_names=("block",),
         compiler_params=PARAMETERS,
     )
-    return tuple(call(*operands))
+    return tuple(call(*jax.tree.leaves(operands)))
 
 
 class _Block:
@@ -155,23 +155,22 @@ class _Block:
 
     def __init__(self, geometry: Geometry, operands: Operands, y: Any, states: Any, scratch: dict[str, Any]):
         self._geometry, self._operands, self._y, self._states, self._scratch = geometry, operands, y, states, scratch
-        self._blocks = -(-geometry.channels // _CHANNELS)
+        self._blocks = -(-geometry.channels // CHANNELS)
         block = lax.axis_index("block")
         self._image, self._number = lax.div(block, self._blocks), lax.rem(block, self._blocks)
-        self._channels = pl.ds(self._number * _CHANNELS, _CHANNELS)
+        self._channels = pl.ds(self._number * CHANNELS, CHANNELS)
+        self._keeps_steps = geometry.routes[0].lines % _LINES == 0  # otherwise its last lines are visited twice
 
     def run(self) -> None:
         """Scans the image along all routes."""
         g = self._geometry
         first = g.routes[0]
         self._fetch(first.reversed)
+        parameters = self._operands.parameters
+        rows = (0, parameters.row_of_skip, parameters.row_of_bias)
         a, self._D, self._bias = (
             _spread(_load(ref.at[row, self._channels], _OF_CHANNELS), 1)
-            for ref, row in (
-                (self._operands.A, 0),
-                (self._operands.D, self._operands.row_of_skip),
-                (self._operands.bias, self._operands.row_of_bias),
-            )
+            for ref, row in zip(parameters, rows, strict=True)
         )
         self._a = a * LOG2_E
         if self._states is not None:
@@ -182,7 +181,7 @@ class _Block:
         if not in_step:
             for group in range(_groups(g.height)):
                 plgpu.barrier_wait(self._scratch["map"].at[group])
-        h = plgpu.layout_cast(jnp.zeros((_CHANNELS,), jnp.float32), _OF_CHANNELS)
+        h = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), _OF_CHANNELS)
         for index, route in enumerate(g.routes):
             h = self._along_route(index, route, in_step and index == 0, h)
         plgpu.wait_smem_to_gmem(0)
@@ -240,13 +239,13 @@ class _Block:
         warps = range(_LINES - 1, -1, -1) if route.reversed else range(_LINES)  # in the order of travel
         order = range(route.length - 1, -1, -1) if route.reversed else range(route.length)
 
-        kept, drives, Cs, skipped = self._positions(route, first, order)
+        kept, drives, Cs, skipped = self._positions(index, route, first, order)
         end, total = drives[0], kept[0][1]
         for (keep, step), drive in zip(kept[1:], drives[1:], strict=True):
             end, total = keep * end + drive, total + step
         (decay,) = decays([total], self._a)
         if route.lines % _LINES:
-            rank = plgpu.broadcasted_iota(jnp.int32, (_LINES, _CHANNELS), 0, layout=_VECTOR)
+            rank = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
             rank = _LINES - 1 - rank if route.reversed else rank
             new = rank >= again
             end, decay = jnp.where(new, end, 0.0), jnp.where(new, decay, 1.0)
@@ -256,18 +255,20 @@ class _Block:
         # Every thread waits here: the last outputs have left their buffers, and what was exchanged is there.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         state = _spread(h, 1)
-        warp = plgpu.broadcasted_iota(jnp.int32, (_LINES, _CHANNELS), 0, layout=_VECTOR)
+        warp = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
         for line in warps:
             if line != warps[0]:
                 state = jnp.where(warp == line, _spread(h, 1), state)
             end, decay = (_load(self._scratch["exchange"].at[i, line], _OF_CHANNELS) for i in range(2))
             h = decay * h + end
 
-        for position, (keep, _), drive, C, skip in zip(order, kept, drives, Cs, skipped, strict=True):
+        for position, (keep, step), drive, C, skip in zip(order, kept, drives, Cs, skipped, strict=True):
             if self._states is not None and _enters_chunk(route, position):
                 self._scratch["states"][:, position // route.chunk] = state
             state = keep * state + drive
             self._scratch["y"][:, position] = (C * state + skip).astype(self._geometry.dtype)
+            if index == 0 and self._keeps_steps:
+                self._keep_step(route, first, position, step)
         plgpu.commit_smem()
         for nth, line in enumerate(warps):
             copy = functools.partial(self._copy_line, index, route, line, first + line)
@@ -279,7 +280,7 @@ class _Block:
         return h
 
     def _positions(
-        self, route: Tiles, first: Any, order: Sequence[int]
+        self, index: int, route: Tiles, first: Any, order: Sequence[int]
     ) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array], list[jax.Array], list[jax.Array]]:
         """Vectors for each position of four lines from the `first` on: decays and steps, step u B, C, and D u.
 
@@ -292,8 +293,11 @@ class _Block:
                 [self._at(self._scratch[name], route, first, p, _VECTOR) for p in positions] for name in ("u", "delta")
             )
             us = [u.astype(jnp.float32) for u in us]
-            raws = [delta.astype(jnp.float32) + self._bias for delta in deltas]
-            steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
+            if index > 0 and self._keeps_steps:
+                steps = [as_step(delta) for delta in deltas]
+            else:
+                raws = [delta.astype(jnp.float32) + self._bias for delta in deltas]
+                steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
             kept += list(zip(decays(steps, self._a), steps, strict=True))
             for p, step, u in zip(positions, steps, us, strict=True):
                 B, C = self._b_and_c(route, first, p)
@@ -311,6 +315,12 @@ class _Block:
             word = self._at(BC.at[0], route, first, position, _OF_LINES)
             B, C = (lax.bitcast_convert_type(x, jnp.float32) for x in (word << 16, word & _HIGH_HALF))
         return _spread(B, 0), _spread(C, 0)
+
+    def _keep_step(self, route: Tiles, first: Any, position: int, step: jax.Array) -> None:
+        """Writes the step sizes of a position of four lines over delta, for the routes that follow."""
+        lines = pl.ds(first, _LINES)
+        at = (lines, position) if along_rows(route.route) else (position, lines)
+        self._scratch["delta"][at] = in_place_of_delta(step, self._geometry.dtype)
 
     @staticmethod
     def _at(ref: Any, route: Tiles, first: Any, position: int, layout: Any) -> jax.Array:
@@ -336,23 +346,23 @@ class _Block:
     def _clear_surplus_lanes(self) -> None:
         """Zeroes for the channels that blocks of the backward have beyond those of the map."""
         g = self._geometry
-        zero = plgpu.layout_cast(jnp.zeros((_LINES, _CHANNELS), jnp.float32), _VECTOR)
+        zero = plgpu.layout_cast(jnp.zeros((_LINES, CHANNELS), jnp.float32), _VECTOR)
         last = g.first_chunk[-1] - _LINES
 
         def clear(number: Any, _: Any) -> Any:
-            for block in range(self._blocks, g.lanes // _CHANNELS):
+            for block in range(self._blocks, g.lanes // CHANNELS):
                 chunks = pl.ds(jnp.minimum(number * _LINES, last), _LINES)
-                self._states[self._image, chunks, 0, pl.ds(block * _CHANNELS, _CHANNELS)] = zero
+                self._states[self._image, chunks, 0, pl.ds(block * CHANNELS, CHANNELS)] = zero
             return _
 
-        if g.lanes > self._blocks * _CHANNELS:
+        if g.lanes > self._blocks * CHANNELS:
             groups = -(-g.first_chunk[-1] // _LINES)
             pl.when(self._number == self._blocks - 1)(lambda: lax.fori_loop(0, groups, clear, None))
 
 
 def _pitch(height: int, width: int, dtype: Any) -> int:
     """Positions that the buffer of y has for a line: those of a copy must start at multiples of 128 bytes."""
-    together = max(1, 128 // (_CHANNELS * jnp.dtype(dtype).itemsize))
+    together = max(1, 128 // (CHANNELS * jnp.dtype(dtype).itemsize))
     return max(height, width) + -max(height, width) % together
 
 
@@ -378,4 +388,4 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 
 def _spread(x: jax.Array, dimension: int) -> jax.Array:
     """A vector, from the values of its lines (dimension 0) or channels (1)."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (_LINES, _CHANNELS), (dimension,)), _VECTOR)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (_LINES, CHANNELS), (dimension,)), _VECTOR)

@@ -1,0 +1,431 @@
+"""The scan of maps so small that a block of channels keeps one in shared memory for all routes; and its gradient.
+
+A block is a warpgroup that takes one image and 128 channels, of which each thread scans one by itself. Each map comes
+from device memory once, and the step sizes of several routes are worked out once. B and C are read as they are. In the
+backward, what a position has of the gradients of all routes is added up in registers: its maps must be smaller still,
+since every position is unrolled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from msvmamba_jax.kernels.selective_scan.config import Problem
+from msvmamba_jax.kernels.selective_scan.mosaic_block import (
+    PARAMETERS,
+    THREADS,
+    Geometry,
+    Parameters,
+    as_step,
+    in_place_of_delta,
+    sum_rows,
+)
+from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, softplus, softplus_slopes
+from msvmamba_jax.kernels.selective_scan.routes import along_rows
+from msvmamba_jax.kernels.selective_scan.tiles import LONGEST_CHUNK, Tiles
+
+_LARGEST = {"forward": 14 * 14, "backward": 7 * 7}  # positions of a map
+_WHOLE = 64  # positions of a map whose outputs are copied at once; those of larger maps are copied line by line
+_TOGETHER = 4  # positions whose gradients are finished together
+_ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
+
+Place = tuple[Any, Any]  # row and column
+
+
+class Operands(NamedTuple):
+    """The inputs as these kernels take them."""
+
+    u: jax.Array  # (b, h, w, d)
+    delta: jax.Array  # (b, h, w, d), in the dtype of u
+    B: jax.Array  # of `flat`
+    C: jax.Array  # likewise
+    parameters: Parameters
+
+
+def supports(problem: Problem, shared_memory: int) -> bool:
+    """Whether these kernels take the problem, given the bytes of shared memory that a block can have.
+
+    A state is kept for each line, so lines must not have several chunks. A box of a single position would be contiguous
+    in memory, and Pallas would write it as one piece, past the channels of the map.
+    """
+    return (
+        problem.states == 1
+        and problem.delta_dtype is None
+        and 1 < problem.height * problem.width <= _LARGEST[problem.direction]
+        and max(problem.height, problem.width) <= LONGEST_CHUNK
+        and _shared_bytes(problem) <= shared_memory
+    )
+
+
+def _shared_bytes(problem: Problem) -> int:
+    positions, longest = problem.height * problem.width, max(problem.height, problem.width)
+    vector, floats = THREADS * jnp.dtype(problem.dtype).itemsize, THREADS * 4
+    buffers = [positions * vector] * 2 + [_loads(positions) * floats] * 2
+    if problem.direction == "forward":
+        buffers.append(2 * (positions if positions <= _WHOLE else longest) * vector)
+    else:
+        chunks = problem.routes * (longest + LONGEST_CHUNK)  # at most: tiles may reach over the map
+        buffers += [positions * floats, problem.routes * positions * vector, chunks * floats, 4 * _TOGETHER * floats]
+        buffers.append(PARAMETERS.reduction_scratch_bytes)
+    return sum(size + -size % _ALIGNMENT for size in buffers) + 8 * (problem.routes + 2)
+
+
+def flat(B: jax.Array, C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """B and C (b, h, w, 1) for `Operands`: all positions in a row.
+
+    Where these are too few to be loaded by all threads of a block, they come as one array, which B and then C begin.
+    """
+    if B.size >= THREADS:
+        return B.reshape(-1), C.reshape(-1)
+    joined = jnp.concatenate([jnp.pad(x.reshape(-1), (0, THREADS - x.size)) for x in (B, C)])
+    return joined, joined
+
+
+def _loads(positions: int) -> int:
+    """Times that a block loads a value in each thread, for one of each position."""
+    return -(-positions // THREADS)
+
+
+def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
+    """The scan of a problem that is supported: what `mosaic_kernels.scan` returns."""
+    g = geometry
+    out_type = [jax.ShapeDtypeStruct((g.batch, len(g.routes), g.height, g.width, g.channels), g.dtype)]
+    if save:
+        out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], 1, g.lanes), jnp.float32))
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        block = _Block(g, refs, scratch)
+        y, states = refs[_OPERANDS], refs[_OPERANDS + 1] if save else None
+        plgpu.barrier_wait(scratch["map"])
+        if len(g.routes) > 1:
+            block.keep_steps()
+        h, copies = block.zeros(), 0
+        for index, route in enumerate(g.routes):
+            h = _forward_route(block, index, copies, y, states, h)
+            copies += _copies(g, route)
+        plgpu.wait_smem_to_gmem(0)
+
+    staged = (g.height, g.width) if _whole(g) else (max(g.height, g.width),)
+    return _call(g, body, out_type, {"y": plgpu.SMEM((2, *staged, g.block), g.dtype)}, operands)
+
+
+def _forward_route(block: _Block, index: int, copies: int, y: Any, states: Any, h: jax.Array) -> jax.Array:
+    """The state after a route, given the one before it. So many copies of outputs have been started before."""
+    g, route = block.geometry, block.geometry.routes[index]
+    y = y.at[block.image, index]
+
+    def save(line: Any, h: jax.Array) -> None:
+        if states is not None:
+            states[block.image, g.first_chunk[index] + line, 0, block.channels] = h
+
+    def save_outside(h: jax.Array) -> None:
+        for line in range(route.lines, route.count * route.depth):  # which tiles of several lines may have
+            save(line, h)
+
+    def scan_line(line: Any, out: Any, h: jax.Array) -> jax.Array:
+        save(line, h)
+        h, ys = _forward_line(block, index, line, h)
+        for position, value in ys:
+            out[_place(route, line, position) if _whole(g) else position] = value.astype(g.dtype)
+        return h
+
+    def scan_and_copy(number: Any, h: jax.Array) -> jax.Array:
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        out = block.scratch["y"].at[lax.rem(copies + number, 2)]
+        if _whole(g):
+            for line in _order(route.lines, route.reversed):
+                h = scan_line(line, out, h)
+            target = y.at[pl.ds(0, g.height), pl.ds(0, g.width), block.channels]
+        else:
+            line = route.lines - 1 - number if route.reversed else number
+            out = out.at[pl.ds(0, route.length)]
+            h = scan_line(line, out, h)
+            along = pl.ds(0, route.length)
+            target = y.at[line, along, block.channels] if along_rows(route.route) else y.at[along, line, block.channels]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out, target)
+        return h
+
+    if route.reversed:
+        save_outside(h)
+    h = lax.fori_loop(0, _copies(g, route), scan_and_copy, h)
+    if not route.reversed:
+        save_outside(h)
+    return h
+
+
+def _forward_line(block: _Block, index: int, line: Any, h: jax.Array) -> tuple[jax.Array, list[tuple[int, Any]]]:
+    """The state after a line of a route, given the one before it, and (position, y) of all positions.
+
+    All loads come first, since they cannot pass stores.
+    """
+    route = block.geometry.routes[index]
+    order = _order(route.length, route.reversed)
+    places = [_place(route, line, position) for position in order]
+    us = [block.u(place) for place in places]
+    steps = [block.kept_step(place) for place in places] if len(block.geometry.routes) > 1 else block.steps(places)
+    Bs, Cs = block.b_and_c(places)
+    drives = [step * u for step, u in zip(steps, us, strict=True)]
+    hs = advance(h, decays(steps, block.a), drives, Bs)
+    ys = [C * h + block.D * u for C, h, u in zip(Cs, hs[1:], us, strict=True)]
+    return hs[-1], list(zip(order, ys, strict=True))
+
+
+def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states: jax.Array) -> tuple[jax.Array, ...]:
+    """The gradients, up to sums.
+
+    Args:
+        geometry: of the problem.
+        operands: the inputs.
+        dy: gradient of y (b, routes, h, w, d), in the dtype of u.
+        states: those that the forward kept.
+
+    Returns:
+        du and ddelta (b, h, w, d) in the dtype of u; dBC (b, blocks of channels, groups of positions, 8) with the
+        gradients of B, then of C, of four positions; and those of A, D and the bias, each (b, lanes). All but the maps
+        in float32.
+    """
+    g = geometry
+    map_type = jax.ShapeDtypeStruct((g.batch, g.height, g.width, g.channels), g.dtype)
+    groups = -(-g.height * g.width // _TOGETHER)
+    of_positions = jax.ShapeDtypeStruct((g.batch, g.blocks, groups, 2 * _TOGETHER), jnp.float32)
+    of_channels = jax.ShapeDtypeStruct((g.batch, g.lanes), jnp.float32)
+    out_type = [map_type] * 2 + [of_positions] + [of_channels] * 3
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        block = _Block(g, refs, scratch)
+        dy, states, du, ddelta, dBC, *dparameters = refs[_OPERANDS:]
+        kept = states.at[block.image, pl.ds(0, g.first_chunk[-1]), 0, block.channels]
+        plgpu.copy_gmem_to_smem(kept, scratch["states"], scratch["states ready"])
+        for index in reversed(range(len(g.routes))):
+            of_route = dy.at[block.image, index, pl.ds(0, g.height), pl.ds(0, g.width), block.channels]
+            plgpu.copy_gmem_to_smem(of_route, scratch["dy"].at[index], scratch["dy ready"].at[index])
+        plgpu.barrier_wait(scratch["map"])
+        block.keep_steps()
+        plgpu.barrier_wait(scratch["states ready"])
+        sums, r = _Sums({}, {}, {}), block.zeros()
+        for index in reversed(range(len(g.routes))):
+            plgpu.barrier_wait(scratch["dy ready"].at[index])
+            for line in _order(g.routes[index].lines, not g.routes[index].reversed):
+                r = _backward_line(block, index, line, sums, r)
+        parameters = _finish(block, sums, dBC)
+        plgpu.commit_smem()
+        for result, buffer in ((du, scratch["u"]), (ddelta, scratch["delta"])):
+            plgpu.copy_smem_to_gmem(buffer, block.whole(result))
+        for target, gradient in zip(dparameters, parameters, strict=True):
+            target[block.image, block.channels] = gradient
+        plgpu.wait_smem_to_gmem(0)
+
+    buffers = {
+        "dy": plgpu.SMEM((len(g.routes), g.height, g.width, g.block), g.dtype),
+        "steps": plgpu.SMEM((g.height, g.width, g.block), jnp.float32),
+        "states": plgpu.SMEM((g.first_chunk[-1], g.block), jnp.float32),
+        "sums": plgpu.SMEM((2, 2 * _TOGETHER, g.block), jnp.float32),
+        "dy ready": plgpu.Barrier(num_arrivals=1, num_barriers=len(g.routes)),
+        "states ready": plgpu.Barrier(num_arrivals=1),
+    }
+    return _call(g, body, out_type, buffers, operands, dy, states)
+
+
+def on_the_map(geometry: Geometry, dBC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of B and C (b, h, w, 1), float32, from those of `scan_backward`, summed over blocks."""
+    g = geometry
+    # Not `jnp.sum`, of which XLA makes a program before the one that takes the sums apart.
+    total = functools.reduce(jnp.add, [dBC[:, block] for block in range(g.blocks)])
+    parts = total[..., :_TOGETHER], total[..., _TOGETHER:]
+    dB, dC = (
+        part.reshape(g.batch, -1)[:, : g.height * g.width].reshape(g.batch, g.height, g.width, 1) for part in parts
+    )
+    return dB, dC
+
+
+class _Sums(NamedTuple):
+    """Vectors for each (row, column), added up over routes."""
+
+    dh: dict[Place, jax.Array]  # gradients with respect to the states
+    dexponent: dict[Place, jax.Array]  # with respect to the exponents of the decays
+    dC: dict[Place, jax.Array]  # with respect to C, for each channel
+
+    def add(self, place: Place, *values: jax.Array) -> None:
+        """Adds one value to each."""
+        for sums, value in zip(self, values, strict=True):
+            sums[place] = sums[place] + value if place in sums else value
+
+
+def _backward_line(block: _Block, index: int, line: int, sums: _Sums, r: jax.Array) -> jax.Array:
+    """The gradient with respect to the state before a line, given the one with respect to the state after it."""
+    route, scratch = block.geometry.routes[index], block.scratch
+    places = [_place(route, line, position) for position in _order(route.length, route.reversed)]
+    dys = [scratch["dy"][index, *place].astype(jnp.float32) for place in places]
+    steps = [block.kept_step(place) for place in places]
+    Bs, Cs = block.b_and_c(places)
+    kept = decays(steps, block.a)
+    drives = [step * block.u(place) for step, place in zip(steps, places, strict=True)]
+    hs = advance(scratch["states"][block.geometry.first_chunk[index] + line], kept, drives, Bs)
+    for k in reversed(range(len(places))):
+        dh = dys[k] * Cs[k] + r
+        r = kept[k] * dh
+        sums.add(places[k], dh, r * hs[k], dys[k] * hs[k + 1])
+    return r
+
+
+def _finish(block: _Block, sums: _Sums, dBC: Any) -> tuple[jax.Array, ...]:
+    """Writes the gradients of u and delta over these, sums those of B and C; returns those of A, D and the bias.
+    """
+    g, scratch = block.geometry, block.scratch
+    A = block.a * (1 / LOG2_E)
+    dA = dD = dbias = 0.0
+    places = [(row, column) for row in range(g.height) for column in range(g.width)]
+    for group, start in enumerate(range(0, len(places), _TOGETHER)):
+        few = places[start : start + _TOGETHER]
+        us, raws, steps = [block.u(place) for place in few], block.raws(few), [block.kept_step(p) for p in few]
+        dys = [[scratch["dy"][i, *p].astype(jnp.float32) for i in range(len(g.routes))] for p in few]
+        dys = [sum(each[1:], each[0]) for each in dys]
+        Bs, _ = block.b_and_c(few)
+        slopes = softplus_slopes(raws, steps)
+        rows = scratch["sums"].at[group % 2]
+        for k, (place, u, step, dy, B, slope) in enumerate(zip(few, us, steps, dys, Bs, slopes, strict=True)):
+            dh, dexponent, dC = (of_places[place] for of_places in sums)
+            ddrive = dh * B
+            draw = (ddrive * u + dexponent * A) * slope
+            dA, dD, dbias = dexponent * step + dA, dy * u + dD, draw + dbias
+            scratch["u"][place] = (ddrive * step + block.D * dy).astype(g.dtype)
+            scratch["delta"][place] = draw.astype(g.dtype)
+            rows[k], rows[_TOGETHER + k] = dh * (step * u), dC
+        plgpu.commit_smem()
+        sum_rows(rows, dBC.at[block.image, block.number, group])
+    return dA, dD, dbias
+
+
+class _Block:
+    """A block at work: which copies it starts, and what it knows of a place."""
+
+    def __init__(self, geometry: Geometry, refs: Sequence[Any], scratch: dict[str, Any]):
+        self.geometry, self.scratch = geometry, scratch
+        operands = Operands(*refs[:4], Parameters(*refs[4:_OPERANDS]))
+        block = lax.axis_index("block")
+        self.image, self.number = lax.div(block, geometry.blocks), lax.rem(block, geometry.blocks)
+        self.channels = pl.ds(self.number * geometry.block, geometry.block)
+        for name in ("u", "delta"):
+            plgpu.copy_gmem_to_smem(self.whole(getattr(operands, name)), scratch[name], scratch["map"])
+        self._load_small(operands)
+        A, D, bias = operands.parameters
+        self.a = A[0, self.channels] * LOG2_E
+        self.D = D[operands.parameters.row_of_skip, self.channels]
+        self._bias = bias[operands.parameters.row_of_bias, self.channels]
+        plgpu.commit_smem()  # B and C are there for every thread
+
+    def _load_small(self, operands: Operands) -> None:
+        """B and C of the image, from the first of its positions on or from before, where the array ends sooner."""
+        positions = self.geometry.height * self.geometry.width
+        first, count = self.image * positions, self.geometry.batch * positions
+        begins = 0 if count >= THREADS else THREADS  # C
+        starts = [
+            jnp.minimum(first + k * THREADS, max(count, THREADS) - THREADS) for k in range(_loads(positions))
+        ]
+        self._offset = first - starts[0]
+        for start in starts:
+            at = pl.ds(start - starts[0], THREADS)
+            for name, x, before in (("B", operands.B, 0), ("C", operands.C, begins)):
+                self.scratch[name][at] = x[pl.ds(before + start, THREADS)].astype(jnp.float32)
+
+    def whole(self, maps: Any) -> Any:
+        """The block's part of an array (b, h, w, d)."""
+        g = self.geometry
+        return maps.at[self.image, pl.ds(0, g.height), pl.ds(0, g.width), self.channels]
+
+    def zeros(self) -> jax.Array:
+        """A vector: one float32 for each channel."""
+        layout = plgpu.Layout.WG_STRIDED((self.geometry.block,), vec_size=1)
+        return plgpu.layout_cast(jnp.zeros((self.geometry.block,), jnp.float32), layout)
+
+    def u(self, place: Place) -> jax.Array:
+        """u at a place, float32 as all that follows."""
+        return self.scratch["u"][place].astype(jnp.float32)
+
+    def b_and_c(self, places: Sequence[Place]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """B and C at each place, the same for all channels."""
+        at = [self._offset + row * self.geometry.width + column for row, column in places]
+        B, C = ([self.scratch[name][index] for index in at] for name in ("B", "C"))
+        return B, C
+
+    def raws(self, places: Sequence[Place]) -> list[jax.Array]:
+        """delta plus bias at each place."""
+        return [self.scratch["delta"][place].astype(jnp.float32) + self._bias for place in places]
+
+    def steps(self, places: Sequence[Place]) -> list[jax.Array]:
+        """Step sizes at each place."""
+        return softplus(self.raws(places), precise=self.geometry.dtype == jnp.float32)
+
+    def keep_steps(self) -> None:
+        """Works out the step sizes, and keeps them: over delta, unless there is a buffer for them."""
+
+        def row(number: Any, _: Any) -> Any:
+            places = [(number, column) for column in range(self.geometry.width)]
+            for (row, column), step in zip(places, self.steps(places), strict=True):
+                if "steps" in self.scratch:
+                    self.scratch["steps"][row, column] = step
+                else:
+                    self.scratch["delta"][row, column] = in_place_of_delta(step, self.geometry.dtype)
+            return _
+
+        lax.fori_loop(0, self.geometry.height, row, None)
+
+    def kept_step(self, place: Place) -> jax.Array:
+        """A step size that was kept."""
+        if "steps" in self.scratch:
+            return self.scratch["steps"][place]
+        return as_step(self.scratch["delta"][place])
+
+
+_OPERANDS = 4 + len(Parameters._fields)
+
+
+def _call(
+    geometry: Geometry, body: Any, out_type: Any, buffers: dict[str, Any], operands: Operands, *more: jax.Array
+) -> tuple[jax.Array, ...]:
+    g = geometry
+    values = _loads(g.height * g.width) * THREADS
+    buffers = {
+        "u": plgpu.SMEM((g.height, g.width, g.block), g.dtype),
+        "delta": plgpu.SMEM((g.height, g.width, g.block), g.dtype),
+        "B": plgpu.SMEM((values,), jnp.float32),
+        "C": plgpu.SMEM((values,), jnp.float32),
+        "map": plgpu.Barrier(num_arrivals=2),
+        **buffers,
+    }
+    call = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=buffers,
+        grid=(g.batch * g.blocks,),
+        grid_names=("block",),
+        compiler_params=PARAMETERS,
+    )
+    return tuple(call(*operands[:4], *operands.parameters, *more))
+
+
+def _whole(geometry: Geometry) -> bool:
+    """Whether the outputs of a route are copied together."""
+    return geometry.height * geometry.width <= _WHOLE
+
+
+def _copies(geometry: Geometry, route: Tiles) -> int:
+    """Of the outputs of a route."""
+    return 1 if _whole(geometry) else route.lines
+
+
+def _order(count: int, backwards: bool) -> range:
+    return range(count - 1, -1, -1) if backwards else range(count)
+
+
+def _place(route: Tiles, line: Any, position: int) -> Place:
+    return (line, position) if along_rows(route.route) else (position, line)
