@@ -9,8 +9,9 @@ Where images and channels are too few to fill the GPU, each route is cut into se
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
-The forward of several routes over a map that fits in shared memory has a kernel of its own, `mosaic_resident`, which
-takes the problems that it is faster on.
+Maps that fit in shared memory, where they stay for all routes, have kernels of their own, which take the problems that
+they are faster on: `mosaic_small` the forward and the backward of maps of some tens of positions, `mosaic_resident` the
+forward of several routes over larger ones.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -87,8 +87,8 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """Configurations worth measuring; `mosaic_resident` has but one."""
-    if _stays_resident(problem, device):
+    """Configurations worth measuring; `mosaic_small` and `mosaic_resident` have but one."""
+    if _stays_small(problem, device) or _stays_resident(problem, device):
         return [heuristic(problem, device)]
     parts = {heuristic(problem, device).parts}
     if parts != {1}:
@@ -156,9 +156,10 @@ def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> 
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
     inputs, states = residuals
     arrays = _in_kernel_dtypes(inputs)
-    du, ddelta, dB, dC, dA, *rest = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
-    *dA, dD, dbias = _summed([*(dA[:, i] for i in range(dA.shape[1])), *rest], (0,))
-    gradients = ScanInputs(u=du, delta=ddelta, A=jnp.stack(dA, axis=1), B=dB, C=dC, D=dD, delta_bias=dbias)
+    gradient = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
+    du, ddelta, dB, dC, dA, dD, dbias = gradient
+    *of_states, dD, dbias = _sum_over_images([*(dA[:, i] for i in range(dA.shape[1])), dD, dbias])
+    gradients = ScanInputs(u=du, delta=ddelta, A=jnp.stack(of_states, axis=1), B=dB, C=dC, D=dD, delta_bias=dbias)
     return ScanInputs(*(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
 
 
@@ -198,7 +199,11 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
 
 
 def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device) -> bool:
-    return geometry.block == _BLOCK and mosaic_small.supports(problem, device.shared_memory)
+    return geometry.block == _BLOCK and _stays_small(problem, device)
+
+
+def _stays_small(problem: Problem, device: Device) -> bool:
+    return mosaic_small.supports(problem, device.shared_memory) and mosaic_small.faster(problem, device)
 
 
 def _stays_resident(problem: Problem, device: Device) -> bool:
@@ -213,10 +218,11 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     geometry = _geometry_here(problem, routes)
     channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
     if _is_small(problem, geometry, local_device()):
-        operands = _small_operands(inputs, geometry)
-        du, ddelta, dBC, dA, dD, dbias = mosaic_small.scan_backward(geometry, operands, dy, states)
+        small = _small_operands(inputs, geometry)
+        du, ddelta, dBC, dA, dD, dbias = mosaic_small.scan_backward(geometry, small, dy, states)
         dB, dC = mosaic_small.on_the_map(geometry, dBC)
-        return tuple(x[..., :channels] for x in (du, ddelta)) + (dB, dC) + tuple(x[..., :channels] for x in (dA[:, None], dD, dbias))
+        du, ddelta, dA, dD, dbias = (x[..., :channels] for x in (du, ddelta, dA[:, None], dD, dbias))
+        return du, ddelta, dB, dC, dA, dD, dbias
     operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)
     ends = later = None
     if geometry.parts > 1:
@@ -224,9 +230,9 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
         later = mosaic_kernels.later_segment_ends(geometry, operands, dy)
     du, ddelta, dBC, dparameters = mosaic_kernels.scan_backward(geometry, operands, dy, states, ends, later)
     du, ddelta = (_sum_over_routes(x)[..., :channels] for x in (du, ddelta))
-    dBC, dparameters = _sums_on_the_map(geometry, dBC), jnp.sum(dparameters, axis=1)[..., :channels]
-    n = problem.states
-    return du, ddelta, dBC[..., :n], dBC[..., n:], dparameters[:, :n], dparameters[:, n], dparameters[:, n + 1]
+    dB, dC = _sums_on_the_map(geometry, dBC)
+    dparameters, n = jnp.sum(dparameters, axis=1)[..., :channels], problem.states
+    return du, ddelta, dB, dC, dparameters[:, :n], dparameters[:, n], dparameters[:, n + 1]
 
 
 def _geometry_here(problem: Problem, routes: tuple[Route, ...]) -> mosaic_block.Geometry:
@@ -280,9 +286,7 @@ def _spills(route: Tiles, width: int, channels: int, block: int) -> bool:
     return True
 
 
-def _operands(
-    inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array, lanes: int
-) -> mosaic_block.Operands:
+def _operands(inputs: ScanInputs, geometry: mosaic_block.Geometry, BC: jax.Array, lanes: int) -> mosaic_block.Operands:
     """The maps pass as they are, unless channels do not fill words."""
     return mosaic_block.Operands(
         u=_fill_up(inputs.u, geometry.channels),
@@ -316,12 +320,18 @@ def _parameters(inputs: ScanInputs, lanes: int) -> mosaic_block.Parameters:
 
 def _tiled(inputs: ScanInputs, geometry: mosaic_block.Geometry) -> jax.Array:
     """B and C as the tiles of all routes hold them: (b, tiles of the path, rows, 32), float32."""
-    BC = jnp.concatenate([inputs.B.astype(jnp.float32), inputs.C.astype(jnp.float32)], axis=-1)
-    tiled = [_to_tiles(BC, route).reshape(geometry.batch, route.count, -1) for route in geometry.routes]
-    tiled = [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.packed - x.shape[-1]))) for x in tiled]
-    return jnp.concatenate(tiled, axis=1).reshape(
-        geometry.batch, -1, geometry.packed // mosaic_block.ROW, mosaic_block.ROW
-    )
+
+    def along_path(x: jax.Array) -> jax.Array:
+        tiled = [_to_tiles(x, route) for route in geometry.routes]
+        return jnp.concatenate(
+            [jnp.pad(x, ((0, 0), (0, 0), (0, geometry.positions - x.shape[2]), (0, 0))) for x in tiled], axis=1
+        ).astype(jnp.float32)
+
+    # Joined last: XLA then makes one program of it all.
+    BC = jnp.concatenate([along_path(inputs.B), along_path(inputs.C)], axis=-1)
+    BC = BC.reshape(*BC.shape[:2], -1)
+    BC = jnp.pad(BC, ((0, 0), (0, 0), (0, geometry.packed - BC.shape[-1])))
+    return BC.reshape(*BC.shape[:2], -1, mosaic_block.ROW)
 
 
 def _fill_up(x: jax.Array, channels: int) -> jax.Array:
@@ -333,21 +343,30 @@ def _sum_over_routes(x: jax.Array) -> jax.Array:
     return x[:, 0] if x.shape[1] == 1 else jnp.sum(x, axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
-def _summed(xs: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Sums of float32 arrays of the same shape, which XLA makes one program for."""
+def _sum_over_images(xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Sums of arrays (b, d), float32: by one reduction of all, since XLA makes one program of that."""
     zeros = [jnp.float32(0.0)] * len(xs)
-    return list(lax.reduce(list(xs), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], axes))
+    return list(lax.reduce(list(xs), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)))
 
 
-def _sums_on_the_map(geometry: mosaic_block.Geometry, dBC: jax.Array) -> jax.Array:
-    """(b, blocks of channels, chunks of the path, n, sums) -> (b, h, w, 2n), summed over blocks and routes."""
-    dBC = jnp.sum(dBC, axis=1)
-    total: Any = 0.0
-    for route, (first, last) in zip(geometry.routes, itertools.pairwise(geometry.first_chunk), strict=True):
-        x = dBC[:, first:last, :, : 2 * route.chunk].reshape(*dBC.shape[:1], last - first, -1, 2, route.chunk)
-        x = jnp.transpose(x, (0, 1, 4, 3, 2))  # chunks, positions of a chunk, B or C, states
-        total += _from_tiles(x.reshape(geometry.batch, route.count, route.positions, -1), route)
-    return total
+def _sums_on_the_map(geometry: mosaic_block.Geometry, dBC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(b, blocks of channels, chunks of the path, n, sums) -> dB and dC (b, h, w, n), summed over blocks and routes.
+
+    By indices, since XLA makes one program of all these, and several of reductions, slices and transpositions.
+    """
+
+    def on_the_map(of_C: bool) -> jax.Array:
+        parts = []
+        for route, first in zip(geometry.routes, geometry.first_chunk, strict=False):
+            chunk, position = route.chunk_and_position(geometry.height, geometry.width)
+            position = position + route.chunk if of_C else position
+            parts += [
+                dBC.at[:, block, first + chunk, :, position].get(mode="promise_in_bounds")
+                for block in range(geometry.blocks)
+            ]
+        return jnp.moveaxis(functools.reduce(jnp.add, parts), 2, 0)
+
+    return on_the_map(of_C=False), on_the_map(of_C=True)
 
 
 def _to_tiles(x: jax.Array, route: Tiles) -> jax.Array:
@@ -357,11 +376,3 @@ def _to_tiles(x: jax.Array, route: Tiles) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, lines), (0, length), (0, 0)))
     x = x.reshape(x.shape[0], -1, route.depth, route.pieces, route.span, x.shape[-1])
     return jnp.swapaxes(x, 2, 3).reshape(x.shape[0], route.count, route.positions, x.shape[-1])
-
-
-def _from_tiles(x: jax.Array, route: Tiles) -> jax.Array:
-    """The inverse of `_to_tiles`."""
-    x = x.reshape(x.shape[0], -1, route.pieces, route.depth, route.span, x.shape[-1])
-    x = jnp.swapaxes(x, 2, 3).reshape(x.shape[0], -1, route.pieces * route.span, x.shape[-1])
-    x = x[:, : route.lines, : route.length]
-    return x if along_rows(route.route) else jnp.swapaxes(x, 1, 2)

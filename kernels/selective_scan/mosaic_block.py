@@ -138,7 +138,8 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, refs: Sequence[Any]) -> Operands:
         """The first references that a kernel is given, where its first arguments are `jax.tree.leaves(operands)`."""
-        return cls(*refs[:3], Parameters(*refs[3:6]))
+        u, delta, BC, A, D, bias = refs[:6]
+        return cls(u, delta, BC, Parameters(A, D, bias))
 
 
 class Visits(NamedTuple):

@@ -22,7 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem
-from msvmamba_jax.kernels.selective_scan.mosaic_block import PARAMETERS, THREADS, Geometry, Operands, as_step, in_place_of_delta
+from msvmamba_jax.kernels.selective_scan.mosaic_block import (
+    PARAMETERS,
+    THREADS,
+    Geometry,
+    Operands,
+    as_step,
+    in_place_of_delta,
+)
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs, along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
@@ -30,7 +37,7 @@ from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 _LINES = 4  # warps of a warpgroup
 CHANNELS = 32  # of a block: lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
-_LONG = 20  # positions; lengths between 14 and 28 have not been measured
+_LONG = 12  # positions of a line
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
 _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
@@ -66,9 +73,9 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 def faster(problem: Problem, device: Device) -> bool:
     """Whether `scan` is expected to need less time for a problem than the kernel that walks over tiles.
 
-    Measured: what each group of lines costs beside its positions pays for lines of 28, and not for those of 14 and 7,
-    unless images and channels are so few that blocks of 128 channels leave multiprocessors idle. Where they are far
-    fewer still, a long path is better cut, which this kernel cannot do.
+    Measured: what each group of lines costs beside its positions pays for lines of 14 and more. It does not for
+    shorter ones, unless images and channels are so few that blocks of 128 channels leave multiprocessors idle. Where
+    they are far fewer still, a long path is better cut, which this kernel cannot do.
     """
     blocks = problem.batch * -(-problem.channels // THREADS)
     if min(problem.height, problem.width) >= _LONG:
@@ -159,7 +166,6 @@ class _Block:
         block = lax.axis_index("block")
         self._image, self._number = lax.div(block, self._blocks), lax.rem(block, self._blocks)
         self._channels = pl.ds(self._number * CHANNELS, CHANNELS)
-        self._keeps_steps = geometry.routes[0].lines % _LINES == 0  # otherwise its last lines are visited twice
 
     def run(self) -> None:
         """Scans the image along all routes."""
@@ -239,15 +245,17 @@ class _Block:
         warps = range(_LINES - 1, -1, -1) if route.reversed else range(_LINES)  # in the order of travel
         order = range(route.length - 1, -1, -1) if route.reversed else range(route.length)
 
-        kept, drives, Cs, skipped = self._positions(index, route, first, order)
-        end, total = drives[0], kept[0][1]
-        for (keep, step), drive in zip(kept[1:], drives[1:], strict=True):
-            end, total = keep * end + drive, total + step
-        (decay,) = decays([total], self._a)
+        new = None  # which lines are not visited again
         if route.lines % _LINES:
             rank = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
             rank = _LINES - 1 - rank if route.reversed else rank
             new = rank >= again
+        kept, drives, Cs, skipped = self._positions(index, route, first, order, new)
+        end, total = drives[0], kept[0][1]
+        for (keep, step), drive in zip(kept[1:], drives[1:], strict=True):
+            end, total = keep * end + drive, total + step
+        (decay,) = decays([total], self._a)
+        if new is not None:
             end, decay = jnp.where(new, end, 0.0), jnp.where(new, decay, 1.0)
 
         self._scratch["exchange"][0] = end
@@ -267,7 +275,7 @@ class _Block:
                 self._scratch["states"][:, position // route.chunk] = state
             state = keep * state + drive
             self._scratch["y"][:, position] = (C * state + skip).astype(self._geometry.dtype)
-            if index == 0 and self._keeps_steps:
+            if index == 0:
                 self._keep_step(route, first, position, step)
         plgpu.commit_smem()
         for nth, line in enumerate(warps):
@@ -280,7 +288,7 @@ class _Block:
         return h
 
     def _positions(
-        self, index: int, route: Tiles, first: Any, order: Sequence[int]
+        self, index: int, route: Tiles, first: Any, order: Sequence[int], new: jax.Array | None
     ) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array], list[jax.Array], list[jax.Array]]:
         """Vectors for each position of four lines from the `first` on: decays and steps, step u B, C, and D u.
 
@@ -293,11 +301,11 @@ class _Block:
                 [self._at(self._scratch[name], route, first, p, _VECTOR) for p in positions] for name in ("u", "delta")
             )
             us = [u.astype(jnp.float32) for u in us]
-            if index > 0 and self._keeps_steps:
-                steps = [as_step(delta) for delta in deltas]
-            else:
+            steps = [as_step(delta) for delta in deltas]
+            if index == 0:
                 raws = [delta.astype(jnp.float32) + self._bias for delta in deltas]
-                steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
+                found = softplus(raws, precise=self._geometry.dtype == jnp.float32)
+                steps = found if new is None else [jnp.where(new, *pair) for pair in zip(found, steps, strict=True)]
             kept += list(zip(decays(steps, self._a), steps, strict=True))
             for p, step, u in zip(positions, steps, us, strict=True):
                 B, C = self._b_and_c(route, first, p)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from msvmamba_jax.kernels.selective_scan.config import Problem
+from msvmamba_jax.kernels.selective_scan.config import Device, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     PARAMETERS,
     THREADS,
@@ -32,9 +32,10 @@ from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, deca
 from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import LONGEST_CHUNK, Tiles
 
-_LARGEST = {"forward": 14 * 14, "backward": 7 * 7}  # positions of a map
-_WHOLE = 64  # positions of a map whose outputs are copied at once; those of larger maps are copied line by line
-_TOGETHER = 4  # positions whose gradients are finished together
+_LARGEST = {"forward": 64, "backward": 49}  # positions of a map
+_TOGETHER = 4  # positions whose gradients are finished side by side
+_SUMMED = 12  # positions whose gradients of B and C are summed together; of more, results would wait in registers
+_ROWS = 4  # of which a warp each sums one over channels
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
 
 Place = tuple[Any, Any]  # row and column
@@ -45,8 +46,8 @@ class Operands(NamedTuple):
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d), in the dtype of u
-    B: jax.Array  # of `flat`
-    C: jax.Array  # likewise
+    B: jax.Array  # see `flat`
+    C: jax.Array
     parameters: Parameters
 
 
@@ -65,15 +66,29 @@ def supports(problem: Problem, shared_memory: int) -> bool:
     )
 
 
+def faster(problem: Problem, device: Device) -> bool:
+    """Whether these kernels are expected to need less time for a problem than the others.
+
+    Measured: a single image takes longer, since a thread has the whole path to itself; of the backward, a single route
+    gains nothing from what is kept for others, and the registers that hold the sums leave room for two blocks only.
+    """
+    if problem.direction == "backward":
+        return problem.routes > 1
+    blocks = problem.batch * -(-problem.channels // THREADS)
+    return problem.routes == 1 or 8 * blocks > device.multiprocessors
+
+
 def _shared_bytes(problem: Problem) -> int:
-    positions, longest = problem.height * problem.width, max(problem.height, problem.width)
+    positions = problem.height * problem.width
     vector, floats = THREADS * jnp.dtype(problem.dtype).itemsize, THREADS * 4
-    buffers = [positions * vector] * 2 + [_loads(positions) * floats] * 2
+    buffers = [positions * vector] * 2 + [floats] * 2
     if problem.direction == "forward":
-        buffers.append(2 * (positions if positions <= _WHOLE else longest) * vector)
+        buffers.append(2 * positions * vector)
     else:
-        chunks = problem.routes * (longest + LONGEST_CHUNK)  # at most: tiles may reach over the map
-        buffers += [positions * floats, problem.routes * positions * vector, chunks * floats, 4 * _TOGETHER * floats]
+        sides = ((problem.height, problem.width), (problem.width, problem.height))
+        lines = max(lines + LONGEST_CHUNK // length for lines, length in sides)  # at most: tiles may reach over the map
+        chunks = problem.routes * lines
+        buffers += [(positions + _ROWS) * floats, problem.routes * positions * vector, (chunks + _ROWS) * floats]
         buffers.append(PARAMETERS.reduction_scratch_bytes)
     return sum(size + -size % _ALIGNMENT for size in buffers) + 8 * (problem.routes + 2)
 
@@ -81,17 +96,13 @@ def _shared_bytes(problem: Problem) -> int:
 def flat(B: jax.Array, C: jax.Array) -> tuple[jax.Array, jax.Array]:
     """B and C (b, h, w, 1) for `Operands`: all positions in a row.
 
-    Where these are too few to be loaded by all threads of a block, they come as one array, which B and then C begin.
+    Where these are fewer than the threads of a block, B and C come as one array, each filled up.
     """
-    if B.size >= THREADS:
+    missing = THREADS - B.size
+    if missing <= 0:
         return B.reshape(-1), C.reshape(-1)
-    joined = jnp.concatenate([jnp.pad(x.reshape(-1), (0, THREADS - x.size)) for x in (B, C)])
+    joined = jnp.concatenate([jnp.pad(x.reshape(-1), (0, missing)) for x in (B, C)])
     return joined, joined
-
-
-def _loads(positions: int) -> int:
-    """Times that a block loads a value in each thread, for one of each position."""
-    return -(-positions // THREADS)
 
 
 def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
@@ -107,76 +118,45 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         plgpu.barrier_wait(scratch["map"])
         if len(g.routes) > 1:
             block.keep_steps()
-        h, copies = block.zeros(), 0
-        for index, route in enumerate(g.routes):
-            h = _forward_route(block, index, copies, y, states, h)
-            copies += _copies(g, route)
+        h = block.zeros()
+        for index in range(len(g.routes)):
+            out = scratch["y"].at[index % 2]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            h = _forward_route(block, index, out, states, h)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, block.whole(y.at[:, index]))
         plgpu.wait_smem_to_gmem(0)
 
-    staged = (g.height, g.width) if _whole(g) else (max(g.height, g.width),)
-    return _call(g, body, out_type, {"y": plgpu.SMEM((2, *staged, g.block), g.dtype)}, operands)
+    return _call(g, body, out_type, {"y": plgpu.SMEM((2, g.height, g.width, g.block), g.dtype)}, operands)
 
 
-def _forward_route(block: _Block, index: int, copies: int, y: Any, states: Any, h: jax.Array) -> jax.Array:
-    """The state after a route, given the one before it. So many copies of outputs have been started before."""
+def _forward_route(block: _Block, index: int, out: Any, states: Any, h: jax.Array) -> jax.Array:
+    """The state after a route, given the one before it; writes y to `out` (h, w, channels)."""
     g, route = block.geometry, block.geometry.routes[index]
-    y = y.at[block.image, index]
-
-    def save(line: Any, h: jax.Array) -> None:
+    kept = route.lines if states is None else route.count * route.depth  # tiles may have lines outside the map
+    for line in _order(kept, route.reversed):
         if states is not None:
             states[block.image, g.first_chunk[index] + line, 0, block.channels] = h
-
-    def save_outside(h: jax.Array) -> None:
-        for line in range(route.lines, route.count * route.depth):  # which tiles of several lines may have
-            save(line, h)
-
-    def scan_line(line: Any, out: Any, h: jax.Array) -> jax.Array:
-        save(line, h)
-        h, ys = _forward_line(block, index, line, h)
-        for position, value in ys:
-            out[_place(route, line, position) if _whole(g) else position] = value.astype(g.dtype)
-        return h
-
-    def scan_and_copy(number: Any, h: jax.Array) -> jax.Array:
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        out = block.scratch["y"].at[lax.rem(copies + number, 2)]
-        if _whole(g):
-            for line in _order(route.lines, route.reversed):
-                h = scan_line(line, out, h)
-            target = y.at[pl.ds(0, g.height), pl.ds(0, g.width), block.channels]
-        else:
-            line = route.lines - 1 - number if route.reversed else number
-            out = out.at[pl.ds(0, route.length)]
-            h = scan_line(line, out, h)
-            along = pl.ds(0, route.length)
-            target = y.at[line, along, block.channels] if along_rows(route.route) else y.at[along, line, block.channels]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, target)
-        return h
-
-    if route.reversed:
-        save_outside(h)
-    h = lax.fori_loop(0, _copies(g, route), scan_and_copy, h)
-    if not route.reversed:
-        save_outside(h)
+        if line < route.lines:
+            h, ys = _forward_line(block, route, line, h)
+            for place, value in ys:
+                out[place] = value.astype(g.dtype)
     return h
 
 
-def _forward_line(block: _Block, index: int, line: Any, h: jax.Array) -> tuple[jax.Array, list[tuple[int, Any]]]:
-    """The state after a line of a route, given the one before it, and (position, y) of all positions.
+def _forward_line(block: _Block, route: Tiles, line: int, h: jax.Array) -> tuple[jax.Array, list[tuple[Place, Any]]]:
+    """The state after a line, given the one before it, and y at each place.
 
-    All loads come first, since they cannot pass stores.
+    All loads are here, since none can pass the store of a result.
     """
-    route = block.geometry.routes[index]
-    order = _order(route.length, route.reversed)
-    places = [_place(route, line, position) for position in order]
+    places = _places(route, line)
     us = [block.u(place) for place in places]
     steps = [block.kept_step(place) for place in places] if len(block.geometry.routes) > 1 else block.steps(places)
     Bs, Cs = block.b_and_c(places)
     drives = [step * u for step, u in zip(steps, us, strict=True)]
     hs = advance(h, decays(steps, block.a), drives, Bs)
     ys = [C * h + block.D * u for C, h, u in zip(Cs, hs[1:], us, strict=True)]
-    return hs[-1], list(zip(order, ys, strict=True))
+    return hs[-1], list(zip(places, ys, strict=True))
 
 
 def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states: jax.Array) -> tuple[jax.Array, ...]:
@@ -189,14 +169,13 @@ def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states:
         states: those that the forward kept.
 
     Returns:
-        du and ddelta (b, h, w, d) in the dtype of u; dBC (b, blocks of channels, groups of positions, 8) with the
-        gradients of B, then of C, of four positions; and those of A, D and the bias, each (b, lanes). All but the maps
-        in float32.
+        du and ddelta (b, h, w, d) in the dtype of u; those of B and C as (b, blocks of channels, 2, positions or a few
+        more); and those of A, D and the bias, each (b, lanes). All but the maps in float32.
     """
     g = geometry
     map_type = jax.ShapeDtypeStruct((g.batch, g.height, g.width, g.channels), g.dtype)
-    groups = -(-g.height * g.width // _TOGETHER)
-    of_positions = jax.ShapeDtypeStruct((g.batch, g.blocks, groups, 2 * _TOGETHER), jnp.float32)
+    positions, chunks = (count + -count % _ROWS for count in (g.height * g.width, g.first_chunk[-1]))
+    of_positions = jax.ShapeDtypeStruct((g.batch, g.blocks, 2, positions), jnp.float32)
     of_channels = jax.ShapeDtypeStruct((g.batch, g.lanes), jnp.float32)
     out_type = [map_type] * 2 + [of_positions] + [of_channels] * 3
 
@@ -204,7 +183,7 @@ def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states:
         block = _Block(g, refs, scratch)
         dy, states, du, ddelta, dBC, *dparameters = refs[_OPERANDS:]
         kept = states.at[block.image, pl.ds(0, g.first_chunk[-1]), 0, block.channels]
-        plgpu.copy_gmem_to_smem(kept, scratch["states"], scratch["states ready"])
+        plgpu.copy_gmem_to_smem(kept, scratch["states"].at[pl.ds(0, g.first_chunk[-1])], scratch["states ready"])
         for index in reversed(range(len(g.routes))):
             of_route = dy.at[block.image, index, pl.ds(0, g.height), pl.ds(0, g.width), block.channels]
             plgpu.copy_gmem_to_smem(of_route, scratch["dy"].at[index], scratch["dy ready"].at[index])
@@ -226,9 +205,8 @@ def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states:
 
     buffers = {
         "dy": plgpu.SMEM((len(g.routes), g.height, g.width, g.block), g.dtype),
-        "steps": plgpu.SMEM((g.height, g.width, g.block), jnp.float32),
-        "states": plgpu.SMEM((g.first_chunk[-1], g.block), jnp.float32),
-        "sums": plgpu.SMEM((2, 2 * _TOGETHER, g.block), jnp.float32),
+        "steps": plgpu.SMEM((positions, g.block), jnp.float32),
+        "states": plgpu.SMEM((chunks, g.block), jnp.float32),
         "dy ready": plgpu.Barrier(num_arrivals=1, num_barriers=len(g.routes)),
         "states ready": plgpu.Barrier(num_arrivals=1),
     }
@@ -239,11 +217,8 @@ def on_the_map(geometry: Geometry, dBC: jax.Array) -> tuple[jax.Array, jax.Array
     """The gradients of B and C (b, h, w, 1), float32, from those of `scan_backward`, summed over blocks."""
     g = geometry
     # Not `jnp.sum`, of which XLA makes a program before the one that takes the sums apart.
-    total = functools.reduce(jnp.add, [dBC[:, block] for block in range(g.blocks)])
-    parts = total[..., :_TOGETHER], total[..., _TOGETHER:]
-    dB, dC = (
-        part.reshape(g.batch, -1)[:, : g.height * g.width].reshape(g.batch, g.height, g.width, 1) for part in parts
-    )
+    total = functools.reduce(jnp.add, [dBC[:, block, :, : g.height * g.width] for block in range(g.blocks)])
+    dB, dC = (total[:, i].reshape(g.batch, g.height, g.width, 1) for i in range(2))
     return dB, dC
 
 
@@ -263,7 +238,7 @@ class _Sums(NamedTuple):
 def _backward_line(block: _Block, index: int, line: int, sums: _Sums, r: jax.Array) -> jax.Array:
     """The gradient with respect to the state before a line, given the one with respect to the state after it."""
     route, scratch = block.geometry.routes[index], block.scratch
-    places = [_place(route, line, position) for position in _order(route.length, route.reversed)]
+    places = _places(route, line)
     dys = [scratch["dy"][index, *place].astype(jnp.float32) for place in places]
     steps = [block.kept_step(place) for place in places]
     Bs, Cs = block.b_and_c(places)
@@ -277,31 +252,42 @@ def _backward_line(block: _Block, index: int, line: int, sums: _Sums, r: jax.Arr
     return r
 
 
-def _finish(block: _Block, sums: _Sums, dBC: Any) -> tuple[jax.Array, ...]:
+def _finish(block: _Block, sums: _Sums, dBC: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes the gradients of u and delta over these, sums those of B and C; returns those of A, D and the bias.
+
+    What is to be summed over channels is written over step sizes (B) and states (C), in as many parts as these take.
     """
     g, scratch = block.geometry, block.scratch
     A = block.a * (1 / LOG2_E)
-    dA = dD = dbias = 0.0
+    dA = dD = dbias = block.zeros()
     places = [(row, column) for row in range(g.height) for column in range(g.width)]
-    for group, start in enumerate(range(0, len(places), _TOGETHER)):
+    part = min(_SUMMED, scratch["states"].shape[0])
+    for start in range(0, len(places), _TOGETHER):
         few = places[start : start + _TOGETHER]
         us, raws, steps = [block.u(place) for place in few], block.raws(few), [block.kept_step(p) for p in few]
         dys = [[scratch["dy"][i, *p].astype(jnp.float32) for i in range(len(g.routes))] for p in few]
         dys = [sum(each[1:], each[0]) for each in dys]
         Bs, _ = block.b_and_c(few)
         slopes = softplus_slopes(raws, steps)
-        rows = scratch["sums"].at[group % 2]
-        for k, (place, u, step, dy, B, slope) in enumerate(zip(few, us, steps, dys, Bs, slopes, strict=True)):
+        for k, (place, u, step, dy, B, slope) in enumerate(zip(few, us, steps, dys, Bs, slopes, strict=True), start):
             dh, dexponent, dC = (of_places[place] for of_places in sums)
             ddrive = dh * B
             draw = (ddrive * u + dexponent * A) * slope
             dA, dD, dbias = dexponent * step + dA, dy * u + dD, draw + dbias
             scratch["u"][place] = (ddrive * step + block.D * dy).astype(g.dtype)
             scratch["delta"][place] = draw.astype(g.dtype)
-            rows[k], rows[_TOGETHER + k] = dh * (step * u), dC
-        plgpu.commit_smem()
-        sum_rows(rows, dBC.at[block.image, block.number, group])
+            scratch["steps"][k], scratch["states"][k % part] = dh * (step * u), dC
+        end = start + len(few)
+        if end % part == 0 or end == len(places):
+            plgpu.commit_smem()
+            first = (end - 1) // part * part
+            count = end - first + -(end - first) % _ROWS
+            rows = pl.ds(first, count)
+            of_block = dBC.at[block.image, block.number]
+            sum_rows(scratch["steps"].at[rows], of_block.at[0, rows])
+            sum_rows(scratch["states"].at[pl.ds(0, count)], of_block.at[1, rows])
+            if end < len(places):
+                plgpu.commit_smem()  # the sums have been read
     return dA, dD, dbias
 
 
@@ -310,7 +296,8 @@ class _Block:
 
     def __init__(self, geometry: Geometry, refs: Sequence[Any], scratch: dict[str, Any]):
         self.geometry, self.scratch = geometry, scratch
-        operands = Operands(*refs[:4], Parameters(*refs[4:_OPERANDS]))
+        u, delta, B, C, *parameters = refs[:_OPERANDS]
+        operands = Operands(u, delta, B, C, Parameters(*parameters))
         block = lax.axis_index("block")
         self.image, self.number = lax.div(block, geometry.blocks), lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
@@ -327,15 +314,11 @@ class _Block:
         """B and C of the image, from the first of its positions on or from before, where the array ends sooner."""
         positions = self.geometry.height * self.geometry.width
         first, count = self.image * positions, self.geometry.batch * positions
-        begins = 0 if count >= THREADS else THREADS  # C
-        starts = [
-            jnp.minimum(first + k * THREADS, max(count, THREADS) - THREADS) for k in range(_loads(positions))
-        ]
-        self._offset = first - starts[0]
-        for start in starts:
-            at = pl.ds(start - starts[0], THREADS)
-            for name, x, before in (("B", operands.B, 0), ("C", operands.C, begins)):
-                self.scratch[name][at] = x[pl.ds(before + start, THREADS)].astype(jnp.float32)
+        start = jnp.minimum(first, max(count - THREADS, 0))
+        self._offset = first - start
+        joined = count < THREADS
+        for name, x, before in (("B", operands.B, 0), ("C", operands.C, THREADS if joined else 0)):
+            self.scratch[name][...] = x[pl.ds(before + start, THREADS)].astype(jnp.float32)
 
     def whole(self, maps: Any) -> Any:
         """The block's part of an array (b, h, w, d)."""
@@ -372,7 +355,7 @@ class _Block:
             places = [(number, column) for column in range(self.geometry.width)]
             for (row, column), step in zip(places, self.steps(places), strict=True):
                 if "steps" in self.scratch:
-                    self.scratch["steps"][row, column] = step
+                    self.scratch["steps"][row * self.geometry.width + column] = step
                 else:
                     self.scratch["delta"][row, column] = in_place_of_delta(step, self.geometry.dtype)
             return _
@@ -382,7 +365,7 @@ class _Block:
     def kept_step(self, place: Place) -> jax.Array:
         """A step size that was kept."""
         if "steps" in self.scratch:
-            return self.scratch["steps"][place]
+            return self.scratch["steps"][place[0] * self.geometry.width + place[1]]
         return as_step(self.scratch["delta"][place])
 
 
@@ -393,12 +376,11 @@ def _call(
     geometry: Geometry, body: Any, out_type: Any, buffers: dict[str, Any], operands: Operands, *more: jax.Array
 ) -> tuple[jax.Array, ...]:
     g = geometry
-    values = _loads(g.height * g.width) * THREADS
     buffers = {
         "u": plgpu.SMEM((g.height, g.width, g.block), g.dtype),
         "delta": plgpu.SMEM((g.height, g.width, g.block), g.dtype),
-        "B": plgpu.SMEM((values,), jnp.float32),
-        "C": plgpu.SMEM((values,), jnp.float32),
+        "B": plgpu.SMEM((THREADS,), jnp.float32),
+        "C": plgpu.SMEM((THREADS,), jnp.float32),
         "map": plgpu.Barrier(num_arrivals=2),
         **buffers,
     }
@@ -413,19 +395,11 @@ def _call(
     return tuple(call(*operands[:4], *operands.parameters, *more))
 
 
-def _whole(geometry: Geometry) -> bool:
-    """Whether the outputs of a route are copied together."""
-    return geometry.height * geometry.width <= _WHOLE
-
-
-def _copies(geometry: Geometry, route: Tiles) -> int:
-    """Of the outputs of a route."""
-    return 1 if _whole(geometry) else route.lines
-
-
 def _order(count: int, backwards: bool) -> range:
     return range(count - 1, -1, -1) if backwards else range(count)
 
 
-def _place(route: Tiles, line: Any, position: int) -> Place:
-    return (line, position) if along_rows(route.route) else (position, line)
+def _places(route: Tiles, line: int) -> list[Place]:
+    """Of a line, in the order of travel."""
+    positions = _order(route.length, route.reversed)
+    return [(line, position) if along_rows(route.route) else (position, line) for position in positions]

@@ -70,7 +70,7 @@ def advance(h: Any, kept: Sequence[Any], drives: Sequence[Any], Bs: Sequence[Any
     """
     hs = [h]
     for keep, drive, B in zip(kept, drives, Bs, strict=True):
-        hs.append(keep * hs[-1] + drive * B)
+        hs.append(keep * hs[-1] + (drive * B + 0.0))
     return hs
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from msvmamba_jax.kernels.selective_scan.routes import Route, along_rows, is_reversed
 
 LONGEST_CHUNK = 16
@@ -90,6 +92,14 @@ class Tiles:
         if along_rows(self.route):
             return position
         return position % self.span * self.depth + position // self.span
+
+    def chunk_and_position(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of the map (h, w), the number of its chunk on the route, and its position in that chunk."""
+        row, column = np.indices((height, width))
+        line, along = (row, column) if along_rows(self.route) else (column, row)
+        tile = line // self.depth * self.pieces + along // self.span
+        position = line % self.depth * self.span + along % self.span
+        return tile * self.chunks + position // self.chunk, position % self.chunk
 
     def inside(self, tile: int, position: int) -> bool:
         """Whether a position of a tile lies on the map."""

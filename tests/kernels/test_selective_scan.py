@@ -167,6 +167,15 @@ class TestSelectiveScan:
         """So many that a GPU kernel need not cut the path."""
         self.check_forward(make_inputs(b=17, h=28, w=28, d=128, dtype=dtype), HALF, implementation)
 
+    @dtypes
+    @pytest.mark.parametrize(("h", "w"), [(7, 7), (4, 4), (8, 8), (2, 3)])
+    @pytest.mark.parametrize("routes", [("row",), HALF], ids="+".join)
+    def test_small_maps(self, implementation, routes, h, w, dtype):
+        """A GPU kernel may keep these whole, where images and channels are many."""
+        inputs = make_inputs(b=9, h=h, w=w, d=130, dtype=dtype)
+        self.check_forward(inputs, routes, implementation)
+        self.check_gradients(inputs, routes, implementation)
+
     @maps
     def test_chained_routes_are_one_sequence(self, implementation, h, w):
         inputs = make_inputs(h=h, w=w, n=2)
@@ -236,9 +245,10 @@ class TestSelectiveScan:
         self.check_gradients(make_inputs(h=9, w=11, n=n, dtype=dtype), HALF, implementation)
 
     @dtypes
-    def test_extreme_step_sizes_stay_finite(self, implementation, dtype):
+    @pytest.mark.parametrize(("b", "h", "w", "n"), [(2, 9, 11, 2), (17, 5, 6, 1), (17, 14, 14, 1)])
+    def test_extreme_step_sizes_stay_finite(self, implementation, b, h, w, n, dtype):
         """Where half precision overflows or divides by zero: steps from 0 to 100, decays down to exactly 0."""
-        inputs = make_inputs(h=9, w=11, n=2, dtype=dtype)
+        inputs = make_inputs(b=b, h=h, w=w, n=n, dtype=dtype)
         inputs = inputs._replace(delta=inputs.delta * 50, A=inputs.A * 16)
         self.check_forward(inputs, HALF, implementation)
         self.check_gradients(inputs, HALF, implementation)

@@ -1,0 +1,182 @@
+"""The kernels that keep a small map in shared memory for all routes: that they lower, and their results interpreted.
+
+On a GPU, `test_selective_scan.py` runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_small, xla
+from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.mosaic_block import as_step, in_place_of_delta
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
+
+HALF = ("row_reversed", "column", "column_reversed")
+ALL = ("column", "row_reversed", "row", "column_reversed")
+NAMES = ScanInputs._fields
+
+
+def problem(direction, *shape, states=1, routes=3, dtype="bfloat16", delta_dtype=None) -> Problem:
+    return Problem(direction, *shape, states=states, routes=routes, dtype=dtype, delta_dtype=delta_dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("shape", [(128, 7, 7, 768), (128, 4, 4, 1536), (1, 7, 7, 8), (2, 16, 3, 40), (1, 1, 2, 3)])
+def test_takes_small_maps(direction, shape, dtype):
+    assert mosaic_small.supports(problem(direction, *shape, dtype=dtype), H100.shared_memory)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((128, 14, 14, 384), {}),
+        ((2, 2, 20, 192), {}),  # lines of two chunks
+        ((2, 1, 1, 192), {}),
+        ((2, 7, 7, 192), {"states": 2}),
+        ((2, 7, 7, 192), {"delta_dtype": "float32"}),
+    ],
+    ids=["large", "long", "single position", "states", "delta"],
+)
+def test_leaves_others(direction, shape, options):
+    assert not mosaic_small.supports(problem(direction, *shape, **options), H100.shared_memory)
+
+
+def test_the_backward_takes_smaller_maps_than_the_forward():
+    shape = (128, 8, 8, 1536)
+    assert mosaic_small.supports(problem("forward", *shape), H100.shared_memory)
+    assert not mosaic_small.supports(problem("backward", *shape), H100.shared_memory)
+
+
+@pytest.mark.parametrize(
+    ("direction", "shape", "routes", "faster"),
+    [
+        ("forward", (128, 7, 7, 768), 3, True),
+        ("forward", (16, 7, 7, 768), 3, True),
+        ("forward", (1, 7, 7, 768), 3, False),
+        ("forward", (1, 7, 7, 1536), 1, True),
+        ("backward", (128, 7, 7, 768), 3, True),
+        ("backward", (1, 4, 4, 1536), 3, True),
+        ("backward", (128, 7, 7, 1536), 1, False),
+    ],
+)
+def test_takes_over_where_it_measured_faster(direction, shape, routes, faster):
+    assert mosaic_small.faster(problem(direction, *shape, routes=routes), H100) == faster
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_two_blocks_share_a_multiprocessor(direction):
+    reserved = 1024  # of each block, by the system
+    assert mosaic_small.supports(problem(direction, 128, 7, 7, 768), 228 * 1024 // 2 - reserved)
+
+
+def random_inputs(shape, dtype) -> ScanInputs:
+    rng = np.random.default_rng(0)
+    b, h, w, d = shape
+    normal = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)  # noqa: E731
+    return ScanInputs(
+        u=normal(*shape).astype(dtype),
+        delta=normal(*shape).astype(dtype),
+        A=-jnp.exp(0.5 * normal(d, 1)),
+        B=normal(b, h, w, 1).astype(dtype),
+        C=normal(b, h, w, 1).astype(dtype),
+        D=normal(d),
+        delta_bias=normal(d) - 3.0,
+    )
+
+
+def counted(monkeypatch, name) -> list[str]:
+    calls: list[str] = []
+    function = getattr(mosaic_small, name)
+    monkeypatch.setattr(mosaic_small, name, lambda *a, **options: calls.append(name) or function(*a, **options))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "routes"),
+    [
+        ((128, 7, 7, 768), HALF),
+        ((128, 4, 4, 1536), HALF),
+        ((128, 7, 7, 1536), ("row",)),
+        ((3, 4, 4, 40), HALF),  # fewer positions than threads
+        ((2, 3, 5, 12), ALL),  # channels that do not fill 16 bytes
+    ],
+)
+def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, routes, dtype):
+    monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
+    forward_calls, backward_calls = counted(monkeypatch, "scan"), counted(monkeypatch, "scan_backward")
+    inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: random_inputs(shape, dtype))
+    )
+    for save in (False, True):
+        forward = jax.jit(functools.partial(mosaic._forward_of_images, routes, save))
+        assert "mosaic_gpu" in forward.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    y, states = jax.eval_shape(forward, *inputs)
+    backward = jax.jit(functools.partial(mosaic._backward_of_images, routes))
+    assert "mosaic_gpu" in backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
+    assert forward_calls
+    assert backward_calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "routes", "dtype"),
+    [
+        ((2, 3, 4, 8), HALF, "float32"),
+        ((9, 4, 4, 136), HALF, "bfloat16"),  # a second block of channels; enough positions for a block's threads
+        ((1, 5, 3, 12), ALL, "float32"),  # channels that do not fill 16 bytes
+        ((2, 1, 6, 8), ("row_reversed",), "bfloat16"),
+    ],
+    ids=["few", "many", "all routes", "one line"],
+)
+def test_interpreted_kernels(interpreted, monkeypatch, shape, routes, dtype):
+    """y and all gradients against xla."""
+    monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
+    forward_calls, backward_calls = counted(monkeypatch, "scan"), counted(monkeypatch, "scan_backward")
+    inputs = random_inputs(shape, dtype)
+    y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
+    expected, residuals = xla.forward(inputs, routes)
+    tolerance = 2e-6 if dtype == "float32" else 1e-3
+    assert difference(y, expected) < tolerance
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype)
+    du, ddelta, dB, dC, dA, dD, dbias = jax.jit(functools.partial(mosaic._backward_of_images, routes))(
+        *inputs, states, dy
+    )
+    found = ScanInputs(du, ddelta, dA.sum(0).T, dB, dC, dD.sum(0), dbias.sum(0))
+    tolerance = 2e-6 if dtype == "float32" else 3e-3
+    for name, gradient, reference in zip(NAMES, found, xla.backward(residuals, dy, routes), strict=True):
+        assert gradient.shape == reference.shape, name
+        assert difference(gradient, reference) < tolerance, name
+    assert forward_calls
+    assert backward_calls
+
+
+def test_states_serve_the_backward_over_tiles(interpreted, monkeypatch):
+    monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: problem.direction == "forward")
+    calls = counted(monkeypatch, "scan")
+    inputs, routes = random_inputs((1, 3, 12, 8), "float32"), ("row_reversed", "row")
+    y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
+    _, residuals = xla.forward(inputs, routes)
+    du, *_ = jax.jit(functools.partial(mosaic._backward_of_images, routes))(*inputs, states, y)
+    assert difference(du, xla.backward(residuals, y, routes).u) < 2e-6
+    assert calls
+
+
+def difference(x, reference) -> float:
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
+
+
+def test_little_is_lost_where_step_sizes_take_the_place_of_delta():
+    steps = jnp.asarray(np.geomspace(1e-4, 100.0, 1000), jnp.float32)
+    for dtype, tolerance in (("bfloat16", 2.0**-11), ("float32", 0.0)):
+        kept = in_place_of_delta(steps, jnp.dtype(dtype))
+        assert kept.dtype == dtype
+        np.testing.assert_allclose(as_step(kept), steps, rtol=tolerance)
