@@ -54,13 +54,14 @@ class Operands(NamedTuple):
 def supports(problem: Problem, shared_memory: int) -> bool:
     """Whether these kernels take the problem, given the bytes of shared memory that a block can have.
 
-    A state is kept for each line, so lines must not have several chunks. A box of a single position would be contiguous
-    in memory, and Pallas would write it as one piece, past the channels of the map.
+    A state is kept for each line, so lines must not have several chunks. The box of a row of a single position would be
+    contiguous in memory, and Pallas would copy it as one piece, past the channels of the map.
     """
     return (
         problem.states == 1
         and problem.delta_dtype is None
-        and 1 < problem.height * problem.width <= _LARGEST[problem.direction]
+        and problem.width > 1
+        and problem.height * problem.width <= _LARGEST[problem.direction]
         and max(problem.height, problem.width) <= LONGEST_CHUNK
         and _shared_bytes(problem) <= shared_memory
     )
@@ -90,7 +91,7 @@ def _shared_bytes(problem: Problem) -> int:
         chunks = problem.routes * lines
         buffers += [(positions + _ROWS) * floats, problem.routes * positions * vector, (chunks + _ROWS) * floats]
         buffers.append(PARAMETERS.reduction_scratch_bytes)
-    return sum(size + -size % _ALIGNMENT for size in buffers) + 8 * (problem.routes + 2)
+    return sum(size + -size % _ALIGNMENT for size in buffers) + 8 * (problem.height + problem.routes + 1)
 
 
 def flat(B: jax.Array, C: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,9 +116,10 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
     def body(*refs: Any, **scratch: Any) -> None:
         block = _Block(g, refs, scratch)
         y, states = refs[_OPERANDS], refs[_OPERANDS + 1] if save else None
-        plgpu.barrier_wait(scratch["map"])
-        if len(g.routes) > 1:
-            block.keep_steps()
+        if not along_rows(g.routes[0].route):
+            block.await_map()
+            if len(g.routes) > 1:
+                block.keep_steps()
         h = block.zeros()
         for index in range(len(g.routes)):
             out = scratch["y"].at[index % 2]
@@ -138,24 +140,31 @@ def _forward_route(block: _Block, index: int, out: Any, states: Any, h: jax.Arra
         if states is not None:
             states[block.image, g.first_chunk[index] + line, 0, block.channels] = h
         if line < route.lines:
-            h, ys = _forward_line(block, route, line, h)
+            h, ys = _forward_line(block, index, line, h)
             for place, value in ys:
                 out[place] = value.astype(g.dtype)
     return h
 
 
-def _forward_line(block: _Block, route: Tiles, line: int, h: jax.Array) -> tuple[jax.Array, list[tuple[Place, Any]]]:
-    """The state after a line, given the one before it, and y at each place.
+def _forward_line(block: _Block, index: int, line: int, h: jax.Array) -> tuple[jax.Array, list[tuple[Place, Any]]]:
+    """The state after a line of a route, given the one before it, and y at each place.
 
-    All loads are here, since none can pass the store of a result.
+    The first route starts before the whole map has come, if it goes along the rows that come one after the other.
     """
+    route, chained = block.geometry.routes[index], len(block.geometry.routes) > 1
+    arrives = index == 0 and along_rows(route.route)
+    if arrives:
+        block.await_row(line)
     places = _places(route, line)
+    # All loads come first, since none can pass a store.
     us = [block.u(place) for place in places]
-    steps = [block.kept_step(place) for place in places] if len(block.geometry.routes) > 1 else block.steps(places)
+    steps = block.steps(places) if arrives or not chained else [block.kept_step(place) for place in places]
     Bs, Cs = block.b_and_c(places)
     drives = [step * u for step, u in zip(steps, us, strict=True)]
     hs = advance(h, decays(steps, block.a), drives, Bs)
     ys = [C * h + block.D * u for C, h, u in zip(Cs, hs[1:], us, strict=True)]
+    if arrives and chained:
+        block.keep(places, steps)
     return hs[-1], list(zip(places, ys, strict=True))
 
 
@@ -187,7 +196,7 @@ def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states:
         for index in reversed(range(len(g.routes))):
             of_route = dy.at[block.image, index, pl.ds(0, g.height), pl.ds(0, g.width), block.channels]
             plgpu.copy_gmem_to_smem(of_route, scratch["dy"].at[index], scratch["dy ready"].at[index])
-        plgpu.barrier_wait(scratch["map"])
+        block.await_map()
         block.keep_steps()
         plgpu.barrier_wait(scratch["states ready"])
         sums, r = _Sums({}, {}, {}), block.zeros()
@@ -301,14 +310,34 @@ class _Block:
         block = lax.axis_index("block")
         self.image, self.number = lax.div(block, geometry.blocks), lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
-        for name in ("u", "delta"):
-            plgpu.copy_gmem_to_smem(self.whole(getattr(operands, name)), scratch[name], scratch["map"])
+        self._fetch(operands)
         self._load_small(operands)
         A, D, bias = operands.parameters
         self.a = A[0, self.channels] * LOG2_E
         self.D = D[operands.parameters.row_of_skip, self.channels]
         self._bias = bias[operands.parameters.row_of_bias, self.channels]
         plgpu.commit_smem()  # B and C are there for every thread
+
+    def _fetch(self, operands: Operands) -> None:
+        """Starts the copies of u and delta, row by row, from the end on which a first route along rows starts."""
+        g = self.geometry
+
+        def fetch(number: Any, _: Any) -> Any:
+            row = g.height - 1 - number if g.routes[0].reversed else number
+            for name in ("u", "delta"):
+                source = getattr(operands, name).at[self.image, row, pl.ds(0, g.width), self.channels]
+                plgpu.copy_gmem_to_smem(source, self.scratch[name].at[row], self.scratch["rows"].at[row])
+            return _
+
+        lax.fori_loop(0, g.height, fetch, None)
+
+    def await_row(self, row: Any) -> None:
+        """Waits for u and delta of a row."""
+        plgpu.barrier_wait(self.scratch["rows"].at[row])
+
+    def await_map(self) -> None:
+        """Waits for u and delta of all rows."""
+        lax.fori_loop(0, self.geometry.height, lambda row, _: self.await_row(row), None)
 
     def _load_small(self, operands: Operands) -> None:
         """B and C of the image, from the first of its positions on or from before, where the array ends sooner."""
@@ -349,18 +378,22 @@ class _Block:
         return softplus(self.raws(places), precise=self.geometry.dtype == jnp.float32)
 
     def keep_steps(self) -> None:
-        """Works out the step sizes, and keeps them: over delta, unless there is a buffer for them."""
+        """Works out all step sizes and keeps them."""
 
         def row(number: Any, _: Any) -> Any:
             places = [(number, column) for column in range(self.geometry.width)]
-            for (row, column), step in zip(places, self.steps(places), strict=True):
-                if "steps" in self.scratch:
-                    self.scratch["steps"][row * self.geometry.width + column] = step
-                else:
-                    self.scratch["delta"][row, column] = in_place_of_delta(step, self.geometry.dtype)
+            self.keep(places, self.steps(places))
             return _
 
         lax.fori_loop(0, self.geometry.height, row, None)
+
+    def keep(self, places: Sequence[Place], steps: Sequence[jax.Array]) -> None:
+        """Keeps step sizes: over delta, unless there is a buffer for them."""
+        for (row, column), step in zip(places, steps, strict=True):
+            if "steps" in self.scratch:
+                self.scratch["steps"][row * self.geometry.width + column] = step
+            else:
+                self.scratch["delta"][row, column] = in_place_of_delta(step, self.geometry.dtype)
 
     def kept_step(self, place: Place) -> jax.Array:
         """A step size that was kept."""
@@ -381,7 +414,7 @@ def _call(
         "delta": plgpu.SMEM((g.height, g.width, g.block), g.dtype),
         "B": plgpu.SMEM((THREADS,), jnp.float32),
         "C": plgpu.SMEM((THREADS,), jnp.float32),
-        "map": plgpu.Barrier(num_arrivals=2),
+        "rows": plgpu.Barrier(num_arrivals=2, num_barriers=g.height),
         **buffers,
     }
     call = plgpu.kernel(
