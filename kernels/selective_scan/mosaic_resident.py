@@ -37,7 +37,7 @@ from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 _LINES = 4  # warps of a warpgroup
 CHANNELS = 32  # of a block: lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
-_LONG = 12  # positions of a line
+_SHORT, _LONG = 12, 20  # positions of a line; lengths between 7 and 14, and between 16 and 28, have not been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
 _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
 _ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
@@ -78,9 +78,10 @@ def faster(problem: Problem, device: Device) -> bool:
     they are far fewer still, a long path is better cut, which this kernel cannot do.
     """
     blocks = problem.batch * -(-problem.channels // THREADS)
-    if min(problem.height, problem.width) >= _LONG:
-        return 8 * blocks > device.multiprocessors
-    return blocks < device.multiprocessors
+    side = min(problem.height, problem.width)
+    if side < _SHORT:
+        return blocks < device.multiprocessors
+    return side < _LONG or 8 * blocks > device.multiprocessors
 
 
 def _shared_bytes(problem: Problem) -> int:
