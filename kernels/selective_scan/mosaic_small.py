@@ -311,7 +311,7 @@ class _Block:
         self.image, self.number = lax.div(block, geometry.blocks), lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
         self._fetch(operands)
-        self._load_small(operands)
+        self._load_b_and_c(operands)
         A, D, bias = operands.parameters
         self.a = A[0, self.channels] * LOG2_E
         self.D = D[operands.parameters.row_of_skip, self.channels]
@@ -339,7 +339,7 @@ class _Block:
         """Waits for u and delta of all rows."""
         lax.fori_loop(0, self.geometry.height, lambda row, _: self.await_row(row), None)
 
-    def _load_small(self, operands: Operands) -> None:
+    def _load_b_and_c(self, operands: Operands) -> None:
         """B and C of the image, from the first of its positions on or from before, where the array ends sooner."""
         positions = self.geometry.height * self.geometry.width
         first, count = self.image * positions, self.geometry.batch * positions
