@@ -70,6 +70,8 @@ def advance(h: Any, kept: Sequence[Any], drives: Sequence[Any], Bs: Sequence[Any
     """
     hs = [h]
     for keep, drive, B in zip(kept, drives, Bs, strict=True):
+        # With `+ 0.0` CUDA's assembler fuses this product and not the other with the sum, so that one instruction, not
+        # two, leads from state to state.
         hs.append(keep * hs[-1] + (drive * B + 0.0))
     return hs
 

@@ -101,22 +101,11 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
     ],
     ids=["rectangular", "channels", "odd", "column first", "row first"],
 )
-def test_interpreted_kernel(interpreted, monkeypatch, shape, routes, dtype):
-    """y against xla, and the states that were kept, which know nothing of the kernel."""
+def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, shape, routes, dtype):
+    """y against xla, and the states that were kept against those of a walk from position to position."""
     monkeypatch.setattr(mosaic_resident, "faster", lambda problem, device: True)
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: False)
-    rng = np.random.default_rng(0)
-    b, h, w, d = shape
-    normal = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)  # noqa: E731
-    inputs = ScanInputs(
-        u=normal(*shape).astype(dtype),
-        delta=normal(*shape).astype(dtype),
-        A=-jnp.exp(0.5 * normal(d, 1)),
-        B=normal(b, h, w, 1).astype(dtype),
-        C=normal(b, h, w, 1).astype(dtype),
-        D=normal(d),
-        delta_bias=normal(d) - 3.0,
-    )
+    inputs = random_inputs(shape, dtype)
     y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
     (y_alone,) = jax.jit(functools.partial(mosaic._forward_of_images, routes, False))(*inputs)
     expected, _ = xla.forward(inputs, routes)
@@ -124,8 +113,10 @@ def test_interpreted_kernel(interpreted, monkeypatch, shape, routes, dtype):
     np.testing.assert_array_equal(y_alone, y)
     assert np.linalg.norm(y - expected) < (2e-6 if dtype == "float32" else 1e-3) * np.linalg.norm(expected)
     atol = 2e-4 if dtype == "float32" else 2e-3  # step sizes are kept as float16
-    np.testing.assert_allclose(states[..., :d], states_before_chunks(inputs, routes, states.shape[1]), atol=atol)
-    np.testing.assert_array_equal(states[..., -(-d // 32) * 32 :], 0.0)
+    np.testing.assert_allclose(
+        states[..., : shape[-1]], states_before_chunks(inputs, routes, states.shape[1]), atol=atol
+    )
+    np.testing.assert_array_equal(states[..., -(-shape[-1] // 32) * 32 :], 0.0)
 
 
 def states_before_chunks(inputs: ScanInputs, routes, chunks: int) -> np.ndarray:

@@ -77,21 +77,6 @@ def test_two_blocks_share_a_multiprocessor(direction):
     assert mosaic_small.supports(problem(direction, 128, 7, 7, 768), 228 * 1024 // 2 - reserved)
 
 
-def random_inputs(shape, dtype) -> ScanInputs:
-    rng = np.random.default_rng(0)
-    b, h, w, d = shape
-    normal = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)  # noqa: E731
-    return ScanInputs(
-        u=normal(*shape).astype(dtype),
-        delta=normal(*shape).astype(dtype),
-        A=-jnp.exp(0.5 * normal(d, 1)),
-        B=normal(b, h, w, 1).astype(dtype),
-        C=normal(b, h, w, 1).astype(dtype),
-        D=normal(d),
-        delta_bias=normal(d) - 3.0,
-    )
-
-
 def counted(monkeypatch, name) -> list[str]:
     calls: list[str] = []
     function = getattr(mosaic_small, name)
@@ -110,7 +95,7 @@ def counted(monkeypatch, name) -> list[str]:
         ((2, 3, 5, 12), ALL, "bfloat16"),  # channels that do not fill 16 bytes
     ],
 )
-def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, routes, dtype):
+def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
     forward_calls, backward_calls = counted(monkeypatch, "scan"), counted(monkeypatch, "scan_backward")
     inputs = jax.tree.map(
@@ -136,7 +121,7 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, routes, dtype):
     ],
     ids=["few", "many", "all routes", "one line"],
 )
-def test_interpreted_kernels(interpreted, monkeypatch, shape, routes, dtype):
+def test_interpreted_kernels(interpreted, monkeypatch, random_inputs, shape, routes, dtype):
     """y and all gradients against xla."""
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
     forward_calls, backward_calls = counted(monkeypatch, "scan"), counted(monkeypatch, "scan_backward")
@@ -158,7 +143,7 @@ def test_interpreted_kernels(interpreted, monkeypatch, shape, routes, dtype):
     assert backward_calls
 
 
-def test_states_serve_the_backward_over_tiles(interpreted, monkeypatch):
+def test_states_serve_the_backward_over_tiles(interpreted, monkeypatch, random_inputs):
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: problem.direction == "forward")
     calls = counted(monkeypatch, "scan")
     inputs, routes = random_inputs((1, 3, 12, 8), "float32"), ("row_reversed", "row")
