@@ -199,6 +199,7 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
 
 
 def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device) -> bool:
+    """Whether `mosaic_small` takes a problem: only if states are kept for as many channels as one of its blocks has."""
     return geometry.block == _BLOCK and _stays_small(problem, device)
 
 
@@ -344,7 +345,13 @@ def _sum_over_routes(x: jax.Array) -> jax.Array:
 
 
 def _sum_over_images(xs: Sequence[jax.Array]) -> list[jax.Array]:
-    """Sums of arrays (b, d), float32: by one reduction of all, since XLA makes one program of that."""
+    """Sums of arrays (b, d), float32.
+
+    On one device by a reduction of all at once, of which XLA makes one program. On several that would gather what each
+    device has, and reduce it once more; the sum of a single array becomes an all-reduce.
+    """
+    if jax.device_count() > 1:
+        return list(jnp.sum(jnp.stack(xs, axis=1), axis=0))
     zeros = [jnp.float32(0.0)] * len(xs)
     return list(lax.reduce(list(xs), zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0,)))
 

@@ -28,12 +28,13 @@ _WARPS = 4
 
 # A thread reads back from shared memory only what it wrote itself; where threads exchange values, or the copy engine
 # takes over, there is a fence. So none need be inserted around every single access.
-PARAMETERS = plgpu.CompilerParams(
+COMPILER_PARAMETERS = plgpu.CompilerParams(
     approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
 _FOLDED = 8  # segments whose ends are loaded at a time
-_ALIGNMENT = 1024  # bytes; where Mosaic GPU lets each buffer in shared memory begin
+ALIGNMENT = 1024  # bytes; where Mosaic GPU lets each buffer in shared memory begin
 _BARRIER = 8  # bytes
+_LARGEST_FLOAT16 = 65504.0
 ROW = 32  # floats; the copy engine is asked for multiples of 128 bytes
 
 
@@ -185,8 +186,8 @@ class Block:
     def visits_by_chunk(self, tiles: Tiles, slot: Any, backwards: bool) -> list[tuple[int, Visits]]:
         """The tile in `slot`, chunk by chunk. All is loaded first, since loads cannot pass the stores of results."""
         loaded = []
-        for chunk in _ordered(tiles.chunks, backwards):
-            positions = [chunk * tiles.chunk + k for k in _ordered(tiles.chunk, tiles.reversed)]
+        for chunk in ordered(tiles.chunks, backwards):
+            positions = [chunk * tiles.chunk + k for k in ordered(tiles.chunk, tiles.reversed)]
             u, delta = ([self._scratch[name][slot, tiles.place(p)] for p in positions] for name in ("u", "delta"))
             loaded.append((chunk, Visits(positions, [x.astype(jnp.float32) for x in u], delta)))
         return loaded
@@ -333,7 +334,7 @@ class Block:
         g = self._geometry
         if g.parts == 1:
             carry = start(0)
-            for index in _ordered(len(g.routes), against):
+            for index in ordered(len(g.routes), against):
                 carry = route(index, g.routes[index], 0, g.routes[index].count, carry)
             finish(0, carry)
             return
@@ -437,9 +438,11 @@ def in_place_of_delta(step: jax.Array, dtype: Any) -> jax.Array:
     """A step size as it may be kept where delta, of that dtype, was; `as_step` is the inverse.
 
     In place of a bfloat16 it becomes a float16, whose last bit weighs an eighth as much. A step size of more than 65504
-    overflows then, and one of less than 6e-5 is rounded to a multiple of 6e-8.
+    is cut to that, and one of less than 6e-5 is rounded to a multiple of 6e-8.
     """
-    return lax.bitcast_convert_type(step.astype(jnp.float16), jnp.bfloat16) if dtype == jnp.bfloat16 else step
+    if dtype != jnp.bfloat16:
+        return step
+    return lax.bitcast_convert_type(jnp.minimum(step, _LARGEST_FLOAT16).astype(jnp.float16), jnp.bfloat16)
 
 
 def as_step(kept: jax.Array) -> jax.Array:
@@ -461,7 +464,8 @@ def sum_rows(rows: Any, target: Any) -> None:
         target[...] = sums
 
 
-def _ordered(count: int, backwards: bool) -> range:
+def ordered(count: int, backwards: bool) -> range:
+    """Numbers from 0 on, or from the last to 0."""
     return range(count - 1, -1, -1) if backwards else range(count)
 
 
@@ -502,8 +506,10 @@ class Scratch(NamedTuple):
     def bytes(self, stages: int) -> int:
         """As Mosaic GPU lays it out."""
         sizes = (math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in self.buffers.values())
-        sums = PARAMETERS.reduction_scratch_bytes if self.sums else 0  # set aside even where none of it is used
-        aligned = sum(size + -size % _ALIGNMENT for size in (*sizes, sums))
+        sums = (
+            COMPILER_PARAMETERS.reduction_scratch_bytes if self.sums else 0
+        )  # set aside even where none of it is used
+        aligned = sum(size + -size % ALIGNMENT for size in (*sizes, sums))
         return aligned + _BARRIER * stages * len(self.inputs)
 
 
@@ -526,7 +532,7 @@ def kernel(geometry: Geometry, body: Callable[..., None], out_type: Any, scratch
         # lie side by side in memory, at about the same time, so that the second finds them in the L2 cache.
         grid=(geometry.segments, geometry.batch * geometry.blocks),
         grid_names=("segment", "block"),
-        compiler_params=PARAMETERS,
+        compiler_params=COMPILER_PARAMETERS,
     )
 
 

@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
-    PARAMETERS,
+    ALIGNMENT,
+    COMPILER_PARAMETERS,
     THREADS,
     Geometry,
     Operands,
@@ -37,10 +38,9 @@ from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 _LINES = 4  # warps of a warpgroup
 CHANNELS = 32  # of a block: lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
-_SHORT, _LONG = 12, 20  # positions of a line; lengths between 7 and 14, and between 16 and 28, have not been measured
+_SHORT, _LONG = 12, 20  # positions of a line; see `docs/selective_scan.md` for the lengths that have been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
 _ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
-_ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
 _HIGH_HALF = -(1 << 16)  # of a word
 
 _VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -96,7 +96,7 @@ def _shared_bytes(problem: Problem) -> int:
         -(-pitch // 8) * line * 4,
     )
     barriers = 8 * (_groups(height) + 1)
-    return sum(size + -size % _ALIGNMENT for size in buffers) + barriers
+    return sum(size + -size % ALIGNMENT for size in buffers) + barriers
 
 
 def packed(inputs: ScanInputs) -> jax.Array:
@@ -153,7 +153,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         scratch_types=buffers,
         grid=(g.batch * blocks,),  # blocks of an image read the same B and C at about the same time
         grid_names=("block",),
-        compiler_params=PARAMETERS,
+        compiler_params=COMPILER_PARAMETERS,
     )
     return tuple(call(*jax.tree.leaves(operands)))
 

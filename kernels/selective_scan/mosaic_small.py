@@ -20,12 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.config import Device, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
-    PARAMETERS,
+    ALIGNMENT,
+    COMPILER_PARAMETERS,
     THREADS,
     Geometry,
     Parameters,
     as_step,
     in_place_of_delta,
+    ordered,
     sum_rows,
 )
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, softplus, softplus_slopes
@@ -36,7 +38,8 @@ _LARGEST = {"forward": 64, "backward": 49}  # positions of a map
 _TOGETHER = 4  # positions whose gradients are finished side by side
 _SUMMED = 12  # positions whose gradients of B and C are summed together; of more, results would wait in registers
 _ROWS = 4  # of which a warp each sums one over channels
-_ALIGNMENT = 1024  # bytes to which Mosaic rounds every buffer
+
+_OPERANDS = 4 + len(Parameters._fields)  # arrays of the operands
 
 Place = tuple[Any, Any]  # row and column
 
@@ -49,6 +52,12 @@ class Operands(NamedTuple):
     B: jax.Array  # see `flat`
     C: jax.Array
     parameters: Parameters
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> Operands:
+        """The first references that a kernel is given, where its first arguments are `jax.tree.leaves(operands)`."""
+        u, delta, B, C, *parameters = refs[:_OPERANDS]
+        return cls(u, delta, B, C, Parameters(*parameters))
 
 
 def supports(problem: Problem, shared_memory: int) -> bool:
@@ -70,8 +79,9 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 def faster(problem: Problem, device: Device) -> bool:
     """Whether these kernels are expected to need less time for a problem than the others.
 
-    Measured: a single image takes longer, since a thread has the whole path to itself; of the backward, a single route
-    gains nothing from what is kept for others, and the registers that hold the sums leave room for two blocks only.
+    Measured. With several routes, and blocks for an eighth of the multiprocessors at most, the forward takes longer
+    than that of `mosaic_resident`, where warps share a path. The backward of a single route gains nothing from what is
+    kept for others, and the registers that hold the sums leave room for two blocks on a multiprocessor only.
     """
     if problem.direction == "backward":
         return problem.routes > 1
@@ -90,15 +100,17 @@ def _shared_bytes(problem: Problem) -> int:
         lines = max(lines + LONGEST_CHUNK // length for lines, length in sides)  # at most: tiles may reach over the map
         chunks = problem.routes * lines
         buffers += [(positions + _ROWS) * floats, problem.routes * positions * vector, (chunks + _ROWS) * floats]
-        buffers.append(PARAMETERS.reduction_scratch_bytes)
-    return sum(size + -size % _ALIGNMENT for size in buffers) + 8 * (problem.height + problem.routes + 1)
+        buffers.append(COMPILER_PARAMETERS.reduction_scratch_bytes)
+    return sum(size + -size % ALIGNMENT for size in buffers) + 8 * (problem.height + problem.routes + 1)
 
 
 def flat(B: jax.Array, C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """B and C (b, h, w, 1) for `Operands`: all positions in a row.
+    """B and C (b, h, w, 1) for `Operands`: all positions in a row, float32 or bfloat16.
 
     Where these are fewer than the threads of a block, B and C come as one array, each filled up.
     """
+    if B.dtype != C.dtype or B.dtype not in (jnp.float32, jnp.bfloat16):
+        B, C = B.astype(jnp.float32), C.astype(jnp.float32)
     missing = THREADS - B.size
     if missing <= 0:
         return B.reshape(-1), C.reshape(-1)
@@ -136,7 +148,7 @@ def _forward_route(block: _Block, index: int, out: Any, states: Any, h: jax.Arra
     """The state after a route, given the one before it; writes y to `out` (h, w, channels)."""
     g, route = block.geometry, block.geometry.routes[index]
     kept = route.lines if states is None else route.count * route.depth  # tiles may have lines outside the map
-    for line in _order(kept, route.reversed):
+    for line in ordered(kept, route.reversed):
         if states is not None:
             states[block.image, g.first_chunk[index] + line, 0, block.channels] = h
         if line < route.lines:
@@ -202,7 +214,7 @@ def scan_backward(geometry: Geometry, operands: Operands, dy: jax.Array, states:
         sums, r = _Sums({}, {}, {}), block.zeros()
         for index in reversed(range(len(g.routes))):
             plgpu.barrier_wait(scratch["dy ready"].at[index])
-            for line in _order(g.routes[index].lines, not g.routes[index].reversed):
+            for line in ordered(g.routes[index].lines, not g.routes[index].reversed):
                 r = _backward_line(block, index, line, sums, r)
         parameters = _finish(block, sums, dBC)
         plgpu.commit_smem()
@@ -305,8 +317,7 @@ class _Block:
 
     def __init__(self, geometry: Geometry, refs: Sequence[Any], scratch: dict[str, Any]):
         self.geometry, self.scratch = geometry, scratch
-        u, delta, B, C, *parameters = refs[:_OPERANDS]
-        operands = Operands(u, delta, B, C, Parameters(*parameters))
+        operands = Operands.of(refs)
         block = lax.axis_index("block")
         self.image, self.number = lax.div(block, geometry.blocks), lax.rem(block, geometry.blocks)
         self.channels = pl.ds(self.number * geometry.block, geometry.block)
@@ -402,9 +413,6 @@ class _Block:
         return as_step(self.scratch["delta"][place])
 
 
-_OPERANDS = 4 + len(Parameters._fields)
-
-
 def _call(
     geometry: Geometry, body: Any, out_type: Any, buffers: dict[str, Any], operands: Operands, *more: jax.Array
 ) -> tuple[jax.Array, ...]:
@@ -423,16 +431,12 @@ def _call(
         scratch_types=buffers,
         grid=(g.batch * g.blocks,),
         grid_names=("block",),
-        compiler_params=PARAMETERS,
+        compiler_params=COMPILER_PARAMETERS,
     )
-    return tuple(call(*operands[:4], *operands.parameters, *more))
-
-
-def _order(count: int, backwards: bool) -> range:
-    return range(count - 1, -1, -1) if backwards else range(count)
+    return tuple(call(*jax.tree.leaves(operands), *more))
 
 
 def _places(route: Tiles, line: int) -> list[Place]:
     """Of a line, in the order of travel."""
-    positions = _order(route.length, route.reversed)
+    positions = ordered(route.length, route.reversed)
     return [(line, position) if along_rows(route.route) else (position, line) for position in positions]

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from msvmamba_jax.kernels.selective_scan import mosaic
+from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 
@@ -44,3 +46,32 @@ def random_inputs():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def states_before_chunks():
+    """A function from inputs of a scan with one state, routes and the number of chunks to the states before these."""
+
+    def before_chunks(inputs: ScanInputs, routes, chunks: int) -> np.ndarray:
+        """(b, chunks, 1, d), position by position; chunks and their positions as the backward's tiles have them."""
+        b, _, _, d = inputs.u.shape
+        problem = Problem.of("backward", inputs, routes)
+        geometry = mosaic._geometry(problem, routes, mosaic.Config(2, 1), H100)
+        u, delta, B = (np.asarray(x, np.float64) for x in (inputs.u, inputs.delta, inputs.B))
+        step = np.logaddexp(delta + np.asarray(inputs.delta_bias), 0.0)
+        keep, drive = np.exp(step * np.asarray(inputs.A)[:, 0]), step * u * B
+        state, before = np.zeros((b, d)), np.full((b, chunks, 1, d), np.nan)
+        for route, first in zip(geometry.routes, geometry.first_chunk, strict=False):
+            for number in reversed(range(route.count)) if route.reversed else range(route.count):
+                for chunk in reversed(range(route.chunks)) if route.reversed else range(route.chunks):
+                    before[:, first + number * route.chunks + chunk, 0] = state
+                    positions = range(chunk * route.chunk, (chunk + 1) * route.chunk)
+                    row, column = route.corner(number)
+                    for position in reversed(positions) if route.reversed else positions:
+                        if route.inside(number, position):
+                            place = divmod(route.place(position), route.box[1])
+                            at = (slice(None), row + place[0], column + place[1])
+                            state = keep[at] * state + drive[at]
+        return before
+
+    return before_chunks

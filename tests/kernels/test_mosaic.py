@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import api, mosaic, mosaic_kernels, mosaic_resident, selection, xla
+from msvmamba_jax.kernels.selective_scan import (
+    api,
+    mosaic,
+    mosaic_kernels,
+    mosaic_resident,
+    mosaic_small,
+    selection,
+    xla,
+)
 from msvmamba_jax.kernels.selective_scan.config import H100, Device, Problem
 from msvmamba_jax.kernels.selective_scan.partitioning import vary_alike
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
@@ -119,6 +127,7 @@ CASES = {
     "half branch": ((128, 28, 28, 192), 1, HALF, "float32"),
     "half branch, large": ((128, 64, 64, 192), 1, HALF, "bfloat16"),
     "last stage": ((128, 7, 7, 768), 1, HALF, "bfloat16"),
+    "last stage, full branch": ((128, 7, 7, 1536), 1, ("row",), "bfloat16"),
     "detection, cut": ((1, 100, 168, 192), 1, HALF, "bfloat16"),
     "16 states": ((2, 56, 56, 192), 16, ("column",), "bfloat16"),
     "odd": ((2, 9, 11, 20), 2, HALF, "float32"),
@@ -127,8 +136,9 @@ CASES = {
 
 @pytest.fixture
 def tiled(monkeypatch):
-    """No problem is left to the kernel that keeps a map in shared memory."""
-    monkeypatch.setattr(mosaic_resident, "supports", lambda *_: False)
+    """No problem is left to the kernels that keep a map in shared memory."""
+    for kernels in (mosaic_resident, mosaic_small):
+        monkeypatch.setattr(kernels, "supports", lambda *_: False)
 
 
 def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
@@ -269,9 +279,10 @@ def test_interpreted_kernels(interpreted, tiled, monkeypatch, routes, d, n, conf
     assert all(tiles(route, h, w, 16).depth == 1 for route in routes)
     dy = normal(b, len(routes), h, w, d)
     y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
-    du, ddelta, dBC, dparameters = jax.jit(functools.partial(mosaic._backward_of_images, routes))(*inputs, states, dy)
-    dparameters = jnp.sum(dparameters, 0)
-    found = (du, ddelta, dparameters[:n].T, dBC[..., :n], dBC[..., n:], dparameters[n], dparameters[n + 1])
+    du, ddelta, dB, dC, dA, dD, dbias = jax.jit(functools.partial(mosaic._backward_of_images, routes))(
+        *inputs, states, dy
+    )
+    found = (du, ddelta, dA.sum(0).T, dB, dC, dD.sum(0), dbias.sum(0))
 
     expected_y, residuals = xla.forward(inputs, routes)
     np.testing.assert_allclose(y, expected_y, rtol=1e-4, atol=1e-4)

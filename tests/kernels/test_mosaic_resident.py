@@ -101,7 +101,7 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
     ],
     ids=["rectangular", "channels", "odd", "column first", "row first"],
 )
-def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, shape, routes, dtype):
+def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, states_before_chunks, shape, routes, dtype):
     """y against xla, and the states that were kept against those of a walk from position to position."""
     monkeypatch.setattr(mosaic_resident, "faster", lambda problem, device: True)
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: False)
@@ -117,25 +117,3 @@ def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, shape, rout
         states[..., : shape[-1]], states_before_chunks(inputs, routes, states.shape[1]), atol=atol
     )
     np.testing.assert_array_equal(states[..., -(-shape[-1] // 32) * 32 :], 0.0)
-
-
-def states_before_chunks(inputs: ScanInputs, routes, chunks: int) -> np.ndarray:
-    """(b, chunks, 1, d), position by position; chunks and their positions as the backward's tiles have them."""
-    b, _, _, d = inputs.u.shape
-    geometry = mosaic._geometry(problem(*inputs.u.shape, routes=len(routes)), routes, mosaic.Config(2, 1), H100)
-    u, delta, B = (np.asarray(x, np.float64) for x in (inputs.u, inputs.delta, inputs.B))
-    step = np.logaddexp(delta + np.asarray(inputs.delta_bias), 0.0)
-    keep, drive = np.exp(step * np.asarray(inputs.A)[:, 0]), step * u * B
-    state, before = np.zeros((b, d)), np.full((b, chunks, 1, d), np.nan)
-    for route, first in zip(geometry.routes, geometry.first_chunk, strict=False):
-        for number in reversed(range(route.count)) if route.reversed else range(route.count):
-            for chunk in reversed(range(route.chunks)) if route.reversed else range(route.chunks):
-                before[:, first + number * route.chunks + chunk, 0] = state
-                positions = range(chunk * route.chunk, (chunk + 1) * route.chunk)
-                row, column = route.corner(number)
-                for position in reversed(positions) if route.reversed else positions:
-                    if route.inside(number, position):
-                        place = divmod(route.place(position), route.box[1])
-                        at = (slice(None), row + place[0], column + place[1])
-                        state = keep[at] * state + drive[at]
-    return before

@@ -143,6 +143,16 @@ def test_interpreted_kernels(interpreted, monkeypatch, random_inputs, shape, rou
     assert backward_calls
 
 
+def test_states_that_are_kept(interpreted, monkeypatch, random_inputs, states_before_chunks):
+    """Where tiles hold lines outside the map, at which the backward over tiles passes the state on."""
+    monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
+    inputs = random_inputs((1, 5, 4, 8), "float32")
+    _, states = jax.jit(functools.partial(mosaic._forward_of_images, HALF, True))(*inputs)
+    assert states.shape[1] > 5 + 2 * 4
+    expected = states_before_chunks(inputs, HALF, states.shape[1])
+    np.testing.assert_allclose(states[..., :8], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_states_serve_the_backward_over_tiles(interpreted, monkeypatch, random_inputs):
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: problem.direction == "forward")
     calls = counted(monkeypatch, "scan")
@@ -160,8 +170,9 @@ def difference(x, reference) -> float:
 
 
 def test_little_is_lost_where_step_sizes_take_the_place_of_delta():
-    steps = jnp.asarray(np.geomspace(1e-4, 100.0, 1000), jnp.float32)
+    steps = jnp.asarray([*np.geomspace(1e-4, 1000.0, 1000), 65504.0], jnp.float32)
     for dtype, tolerance in (("bfloat16", 2.0**-11), ("float32", 0.0)):
         kept = in_place_of_delta(steps, jnp.dtype(dtype))
         assert kept.dtype == dtype
         np.testing.assert_allclose(as_step(kept), steps, rtol=tolerance)
+        assert np.isfinite(as_step(in_place_of_delta(jnp.float32(1e30), jnp.dtype(dtype))))

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from msvmamba_jax.kernels.selective_scan import selection, selective_scan_2d, xla
+from msvmamba_jax.kernels.selective_scan import mosaic, selection, selective_scan_2d, xla
 from msvmamba_jax.kernels.selective_scan.partitioning import by_image
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
@@ -55,6 +55,15 @@ def collectives(compiled) -> list[tuple[str, str]]:
     names = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter|collective-broadcast"
     found = re.findall(rf"= ([^=]*?) ({names})(?:-start)?\(", compiled.as_text())
     return [(shape, name) for shapes, name in found for shape in re.findall(r"\w+\[[\d,]*\]", shapes)]
+
+
+def test_gradients_of_parameters_are_added_up_across_devices():
+    mesh = square()
+    xs = [put(mesh, images(8)[:, 0] * scale, BOTH) for scale in (1.0, 2.0, 3.0)]
+    compiled = jax.jit(mosaic._sum_over_images).lower(xs).compile()
+    assert {name for _, name in collectives(compiled)} == {"all-reduce"}
+    for x, found in zip(xs, compiled(xs), strict=True):
+        np.testing.assert_allclose(found, np.sum(x, axis=0), rtol=1e-5, atol=1e-5)
 
 
 def compile_and_run(function, *arguments):

@@ -67,6 +67,19 @@ class TestTiles:
     @maps
     @every_route
     @targets
+    def test_chunks_and_positions_of_the_map(self, route, height, width, target):
+        tiling = tiles(route, height, width, target)
+        chunk, position = (x.reshape(-1) for x in tiling.chunk_and_position(height, width))
+        for tile, number, positions in chunks_of(tiling):
+            for of_tile in positions:
+                place = on_the_map(tiling, tile, of_tile, height, width)
+                if place is not None:
+                    assert chunk[place] == tile * tiling.chunks + number
+                    assert position[place] == of_tile % tiling.chunk
+
+    @maps
+    @every_route
+    @targets
     def test_sizes(self, route, height, width, target):
         tiling = tiles(route, height, width, target)
         assert tiling.span % tiling.chunk == 0
