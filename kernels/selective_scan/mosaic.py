@@ -9,9 +9,9 @@ Where images and channels are too few to fill the GPU, each route is cut into se
 that each segment leaves when entered with zero and the sum of its step sizes, from which every block of the second
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
-Maps that fit in shared memory, where they stay for all routes, have kernels of their own, which take the problems that
-they are faster on: `mosaic_small` the forward and the backward of maps of some tens of positions, `mosaic_resident` the
-forward of several routes over larger ones.
+Maps that fit in shared memory, where they stay for all routes, have kernels of their own: `mosaic_small` the forward
+over maps of some tens of positions, `mosaic_resident` that of several routes over larger ones, each where it is faster,
+and `mosaic_resident_backward` the backward of several routes.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
@@ -29,7 +29,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from msvmamba_jax.kernels.selective_scan import mosaic_block, mosaic_kernels, mosaic_resident, mosaic_small
+from msvmamba_jax.kernels.selective_scan import (
+    mosaic_block,
+    mosaic_kernels,
+    mosaic_lines,
+    mosaic_resident,
+    mosaic_resident_backward,
+    mosaic_small,
+)
 from msvmamba_jax.kernels.selective_scan.config import (
     Device,
     Problem,
@@ -87,10 +94,18 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """Configurations worth measuring; `mosaic_small` and `mosaic_resident` have but one."""
-    if _stays_small(problem, device) or _stays_resident(problem, device):
-        return [heuristic(problem, device)]
-    parts = {heuristic(problem, device).parts}
+    """Configurations worth measuring; kernels that keep a map in shared memory have but one."""
+    one = heuristic(problem, device)
+    if problem.direction == "backward":
+        resident = any(
+            mosaic_resident_backward.team(_geometry(problem, routes, one, device), device.shared_memory)
+            for routes in _likely_routes(problem)
+        )
+    else:
+        resident = _stays_small(problem, device) or _stays_resident(problem, device)
+    if resident:
+        return [one]
+    parts = {one.parts}
     if parts != {1}:
         parts |= {part for start in parts for part in (start // 2, start * 2)}
     found = (Config(stages, part) for stages in (2, 3, 4, 6) for part in sorted(parts))
@@ -99,13 +114,17 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
 
 def _shared_bytes(problem: Problem, config: Config, device: Device) -> int:
     """Of a block, along whichever routes need most: a problem tells their number only."""
+    backward = problem.direction == "backward"
+    geometries = [_geometry(problem, routes, config, device) for routes in _likely_routes(problem)]
+    return max(mosaic_kernels.shared_bytes(geometry, backward=backward) for geometry in geometries)
+
+
+def _likely_routes(problem: Problem) -> list[tuple[Route, ...]]:
+    """Routes that a problem may have, all along rows, or along columns, or both."""
     axes: list[tuple[Route, ...]] = [("row",), ("column",)]
     if problem.routes > 1:
         axes.append(("row", "column"))
-    alternatives = [(some * problem.routes)[: problem.routes] for some in axes]
-    backward = problem.direction == "backward"
-    geometries = [_geometry(problem, routes, config, device) for routes in alternatives]
-    return max(mosaic_kernels.shared_bytes(geometry, backward=backward) for geometry in geometries)
+    return [(some * problem.routes)[: problem.routes] for some in axes]
 
 
 class Residuals(NamedTuple):
@@ -188,7 +207,7 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
         return (y[..., : inputs.u.shape[-1]], *states)
     alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
     if alike and _stays_resident(problem, local_device()):
-        BC, lanes = mosaic_resident.packed(inputs), geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
+        BC, lanes = mosaic_lines.packed(inputs), geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
         operands = _operands(inputs, geometry, BC, lanes)
         y, *states = mosaic_resident.scan(geometry, operands, save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
@@ -218,10 +237,11 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     problem = Problem.of("backward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
-    if _is_small(problem, geometry, local_device()):
-        small = _small_operands(inputs, geometry)
-        du, ddelta, dBC, dA, dD, dbias = mosaic_small.scan_backward(geometry, small, dy, states)
-        dB, dC = mosaic_small.on_the_map(geometry, dBC)
+    if (team := mosaic_resident_backward.team(geometry, local_device().shared_memory)) is not None:
+        lanes = geometry.channels + -geometry.channels % team.channels
+        operands = _operands(inputs, geometry, mosaic_lines.packed(inputs), lanes)
+        du, ddelta, dBC, dA, dD, dbias = mosaic_resident_backward.scan_backward(geometry, team, operands, dy, states)
+        dB, dC = mosaic_resident_backward.on_the_map(geometry, team, dBC)
         du, ddelta, dA, dD, dbias = (x[..., :channels] for x in (du, ddelta, dA[:, None], dD, dbias))
         return du, ddelta, dB, dC, dA, dD, dbias
     operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)

@@ -24,7 +24,7 @@ from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
 THREADS = 128  # of a warpgroup
-_WARPS = 4
+WARPS = 4  # of a warpgroup
 
 # A thread reads back from shared memory only what it wrote itself; where threads exchange values, or the copy engine
 # takes over, there is a fence. So none need be inserted around every single access.
@@ -107,7 +107,7 @@ class Geometry:
     def sums(self) -> int:
         """Rows for a chunk's products that are to be summed over channels: two for each position, in whole warps."""
         rows = 2 * max(route.chunk for route in self.routes)
-        return rows + -rows % _WARPS
+        return rows + -rows % WARPS
 
 
 class Parameters(NamedTuple):
@@ -454,14 +454,16 @@ def as_step(kept: jax.Array) -> jax.Array:
 def sum_rows(rows: Any, target: Any) -> None:
     """Sums rows (m, 128 or 256) in shared memory, m a multiple of four, to `target` (m,) in device memory."""
     # A warp takes whole rows, a thread four neighbouring channels.
-    layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((_WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-    )
-    sums = jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1)
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, which refuses by default to store single words
-        plgpu.store(target, sums, optimized=False)
+    layout = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, THREADS), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    store_words(target, jnp.sum(plgpu.layout_cast(rows[...], layout), axis=1))
+
+
+def store_words(target: Any, x: jax.Array) -> None:
+    """Writes an array of which a thread has single words to device memory."""
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, which refuses that by default
+        plgpu.store(target, x, optimized=False)
     else:
-        target[...] = sums
+        target[...] = x
 
 
 def ordered(count: int, backwards: bool) -> range:

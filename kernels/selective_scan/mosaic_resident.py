@@ -25,14 +25,16 @@ from msvmamba_jax.kernels.selective_scan.config import Device, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ALIGNMENT,
     COMPILER_PARAMETERS,
+    ROW,
     THREADS,
     Geometry,
     Operands,
     as_step,
     in_place_of_delta,
 )
+from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
-from msvmamba_jax.kernels.selective_scan.routes import ScanInputs, along_rows
+from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
 
 _LINES = 4  # warps of a warpgroup
@@ -40,8 +42,6 @@ CHANNELS = 32  # of a block: lanes of a warp
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
 _SHORT, _LONG = 12, 20  # positions of a line; see `docs/selective_scan.md` for the lengths that have been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
-_ROW = 32  # words; the copy engine is asked for multiples of 128 bytes
-_HIGH_HALF = -(1 << 16)  # of a word
 
 _VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 _OF_LINES = _VECTOR.reduce(1)  # (4,): all lanes of a warp hold its value
@@ -90,7 +90,7 @@ def _shared_bytes(problem: Problem) -> int:
     pitch, line = _pitch(height, width, problem.dtype), _LINES * CHANNELS
     buffers = (
         *(_groups(height) * width * line * itemsize,) * 2,
-        height * (width + -width % _ROW) * 2 * itemsize,
+        height * (width + -width % ROW) * 2 * itemsize,
         pitch * line * itemsize,
         2 * line * 4,
         -(-pitch // 8) * line * 4,
@@ -99,26 +99,12 @@ def _shared_bytes(problem: Problem) -> int:
     return sum(size + -size % ALIGNMENT for size in buffers) + barriers
 
 
-def packed(inputs: ScanInputs) -> jax.Array:
-    """B and C as the kernel takes them, rows padded to 128 bytes: words (b, 1 or 2, h, w').
-
-    If both are bfloat16, a word holds B in its low half and C in its high one, otherwise float32 B, then C.
-    """
-    B, C = (jnp.squeeze(x, -1) for x in (inputs.B, inputs.C))
-    if B.dtype == C.dtype == jnp.bfloat16:
-        low, high = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (B, C))
-        words = lax.bitcast_convert_type(low | high << 16, jnp.int32)[:, None]
-    else:
-        words = jnp.stack([B.astype(jnp.float32), C.astype(jnp.float32)], axis=1)
-    return jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, -words.shape[-1] % _ROW)))
-
-
 def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
     """The scan of a problem that is supported.
 
     Args:
         geometry: of the problem.
-        operands: the inputs, with `packed` for BC.
+        operands: the inputs, with `mosaic_lines.packed` for BC.
         save: whether to keep states.
 
     Returns:
@@ -141,7 +127,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
     if save:
-        chunks = max(_chunks_of_a_line(route) for route in g.routes)
+        chunks = max(chunks_of_a_line(route) for route in g.routes)
         buffers["states"] = plgpu.SMEM((_LINES, chunks, CHANNELS), jnp.float32)
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -176,7 +162,7 @@ class _Block:
         parameters = self._operands.parameters
         rows = (0, parameters.row_of_skip, parameters.row_of_bias)
         a, self._D, self._bias = (
-            _spread(_load(ref.at[row, self._channels], _OF_CHANNELS), 1)
+            _spread(load_words(ref.at[row, self._channels], _OF_CHANNELS), 1)
             for ref, row in zip(parameters, rows, strict=True)
         )
         self._a = a * LOG2_E
@@ -268,7 +254,7 @@ class _Block:
         for line in warps:
             if line != warps[0]:
                 state = jnp.where(warp == line, _spread(h, 1), state)
-            end, decay = (_load(self._scratch["exchange"].at[i, line], _OF_CHANNELS) for i in range(2))
+            end, decay = (load_words(self._scratch["exchange"].at[i, line], _OF_CHANNELS) for i in range(2))
             h = decay * h + end
 
         for position, (keep, step), drive, C, skip in zip(order, kept, drives, Cs, skipped, strict=True):
@@ -318,11 +304,7 @@ class _Block:
     def _b_and_c(self, route: Tiles, first: Any, position: int) -> tuple[jax.Array, jax.Array]:
         """B and C at a position of four lines, as vectors."""
         BC = self._scratch["BC"]
-        if BC.shape[0] == 2:
-            B, C = (self._at(BC.at[i], route, first, position, _OF_LINES) for i in range(2))
-        else:
-            word = self._at(BC.at[0], route, first, position, _OF_LINES)
-            B, C = (lax.bitcast_convert_type(x, jnp.float32) for x in (word << 16, word & _HIGH_HALF))
+        B, C = b_and_c([self._at(BC.at[i], route, first, position, _OF_LINES) for i in range(BC.shape[0])])
         return _spread(B, 0), _spread(C, 0)
 
     def _keep_step(self, route: Tiles, first: Any, position: int, step: jax.Array) -> None:
@@ -335,7 +317,7 @@ class _Block:
     def _at(ref: Any, route: Tiles, first: Any, position: int, layout: Any) -> jax.Array:
         """A position of four lines from the `first` on, of a map in shared memory."""
         lines = pl.ds(first, _LINES)
-        return _load(ref.at[lines, position] if along_rows(route.route) else ref.at[position, lines], layout)
+        return load_words(ref.at[lines, position] if along_rows(route.route) else ref.at[position, lines], layout)
 
     def _copy_line(self, index: int, route: Tiles, warp: int, line: Any) -> None:
         """Starts the copies of y and of the states of a line to device memory."""
@@ -343,7 +325,7 @@ class _Block:
         y = y.at[line, :, self._channels] if along_rows(route.route) else y.at[:, line, self._channels]
         plgpu.copy_smem_to_gmem(self._scratch["y"].at[warp, pl.ds(0, route.length)], y, commit_group=False)
         if self._states is not None:
-            chunks = _chunks_of_a_line(route)
+            chunks = chunks_of_a_line(route)
             at = pl.ds(self._geometry.first_chunk[index] + line * chunks, chunks)
             states = self._states.at[self._image, at, 0, self._channels]
             plgpu.copy_smem_to_gmem(self._scratch["states"].at[warp, pl.ds(0, chunks)], states, commit_group=False)
@@ -379,20 +361,11 @@ def _groups(lines: int) -> int:
     return -(-lines // _LINES)
 
 
-def _chunks_of_a_line(route: Tiles) -> int:
-    return route.pieces * route.span // route.chunk
-
-
 def _enters_chunk(route: Tiles, position: int) -> bool:
     """Whether a position of a line is the first of its chunk that the route visits."""
     if route.reversed:
         return position == route.length - 1 or position % route.chunk == route.chunk - 1
     return position % route.chunk == 0
-
-
-def _load(ref: Any, layout: Any) -> jax.Array:
-    index = (...,) if jax.__version_info__ < (0, 11) else ()  # that jax takes no reference alone
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def _spread(x: jax.Array, dimension: int) -> jax.Array:

@@ -27,6 +27,22 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=interpreter))
 
 
+@pytest.fixture
+def laid_out(monkeypatch) -> list[int]:
+    """Collects the shared memory of each kernel that Mosaic GPU lowers."""
+    core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
+    if not hasattr(core, "_smem_tree_size"):
+        pytest.skip("this JAX adds up shared memory elsewhere")
+    found, measure = [], core._smem_tree_size
+
+    def measured(buffers):
+        found.append(measure(buffers))
+        return found[-1]
+
+    monkeypatch.setattr(core, "_smem_tree_size", measured)
+    return found
+
+
 @pytest.fixture(scope="session")
 def random_inputs():
     """A function from the shape and dtype of maps to inputs of a scan with one state."""

@@ -18,6 +18,7 @@ from msvmamba_jax.kernels.selective_scan import (
     mosaic,
     mosaic_kernels,
     mosaic_resident,
+    mosaic_resident_backward,
     mosaic_small,
     selection,
     xla,
@@ -139,6 +140,7 @@ def tiled(monkeypatch):
     """No problem is left to the kernels that keep a map in shared memory."""
     for kernels in (mosaic_resident, mosaic_small):
         monkeypatch.setattr(kernels, "supports", lambda *_: False)
+    monkeypatch.setattr(mosaic_resident_backward, "team", lambda *_: None)
 
 
 def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:
@@ -173,22 +175,6 @@ def test_images_lie_on_the_axis_of_a_launch_that_may_be_long(tiled, monkeypatch,
     jax.clear_caches()
     lowered((batch, 14, 14, 384), 1, HALF, "bfloat16")
     assert set(grids) == {(3 * batch, segments, 1)}  # x, y, z; three blocks of channels side by side
-
-
-@pytest.fixture
-def laid_out(monkeypatch) -> list[int]:
-    """Collects the shared memory of each kernel that Mosaic GPU lowers."""
-    core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
-    if not hasattr(core, "_smem_tree_size"):
-        pytest.skip("this JAX adds up shared memory elsewhere")
-    found, measure = [], core._smem_tree_size
-
-    def measured(buffers):
-        found.append(measure(buffers))
-        return found[-1]
-
-    monkeypatch.setattr(core, "_smem_tree_size", measured)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from msvmamba_jax.kernels.selective_scan.recurrence import (
     retreat,
     softplus,
     softplus_slopes,
+    softplus_slopes_of,
 )
 from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
 from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs, visiting_order
@@ -113,6 +114,14 @@ class TestRecurrence:
         x = np.linspace(-30, 30, 20_001).astype(np.float32)
         (found,) = softplus_slopes([x], softplus([x], precise=True))
         assert np.all(np.abs(np.asarray(found) * (1 + np.exp(-x.astype(np.float64))) - 1) < 4e-7 + 1.5e-7 * np.abs(x))
+
+    @pytest.mark.parametrize("precise", [True, False])
+    def test_softplus_slope_from_the_step(self, precise):
+        step = np.concatenate([np.geomspace(1e-30, 30, 20_001), [0.0, 200.0]]).astype(np.float32)
+        (found,) = softplus_slopes_of([step], precise=precise)
+        expected = -np.expm1(-step.astype(np.float64))
+        assert found.dtype == jnp.float32
+        assert np.all(np.abs(np.asarray(found, np.float64) - expected) < (3e-7 * expected + 1e-37 if precise else 2e-7))
 
     def test_far_from_zero(self):
         x = np.asarray([-1e30, -200.0, 200.0, 1e30], np.float32)

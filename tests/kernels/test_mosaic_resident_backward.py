@@ -1,0 +1,216 @@
+"""The backward that keeps a small map in shared memory: who takes it, that it lowers, and its results interpreted.
+
+On a GPU, `test_selective_scan.py` runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_lines, mosaic_resident_backward, xla
+from msvmamba_jax.kernels.selective_scan.config import H100, Problem
+from msvmamba_jax.kernels.selective_scan.mosaic_lines import Team
+from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
+
+HALF = ("row_reversed", "column", "column_reversed")
+ALL = ("column", "row_reversed", "row", "column_reversed")
+NAMES = ScanInputs._fields
+MULTIPROCESSOR = 228 * 1024  # bytes of shared memory
+RESERVED = 2 * 1024  # of each block, by the system and by Pallas
+
+
+def geometry(shape, dtype="bfloat16", routes=HALF, states=1, delta_dtype=None):
+    problem = Problem("backward", *shape, states=states, routes=len(routes), dtype=dtype, delta_dtype=delta_dtype)
+    return mosaic._geometry(problem, routes, mosaic.Config(2, 1), H100)
+
+
+def team(*arguments, **options) -> Team | None:
+    return mosaic_resident_backward.team(geometry(*arguments, **options), H100.shared_memory)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [
+        ((128, 28, 28, 192), "bfloat16", Team(16, 1, 2, padded=False)),
+        ((128, 28, 28, 192), "float32", Team(8, 1, 1, padded=False)),
+        ((128, 14, 14, 384), "bfloat16", Team(16, 1, 1, padded=True)),
+        ((128, 14, 14, 384), "float32", Team(8, 1, 1, padded=True)),
+        ((1, 7, 7, 768), "bfloat16", Team(32, 1, 1, padded=True)),
+        ((128, 7, 7, 768), "float32", Team(32, 1, 1, padded=True)),
+        ((128, 4, 4, 1536), "bfloat16", Team(64, 2, 1, padded=True)),
+        ((128, 4, 4, 1536), "float32", Team(32, 1, 1, padded=True)),
+        ((1, 1, 2, 3), "bfloat16", Team(64, 2, 1, padded=True)),
+        ((2, 17, 21, 24), "bfloat16", Team(16, 1, 1, padded=False)),  # rows that two warpgroups cannot share
+    ],
+)
+def test_takes_small_maps_of_several_routes(shape, dtype, expected):
+    assert team(shape, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((128, 56, 56, 96), {}),
+        ((2, 7, 7, 192), {"routes": ("row",)}),
+        ((2, 7, 7, 192), {"states": 2}),
+        ((2, 7, 7, 192), {"delta_dtype": "float32"}),
+        ((2, 4, 33, 192), {}),
+        ((2, 13, 21, 192), {}),  # rows are cut into chunks, columns are not
+        ((2, 7, 8, 32), {}),  # the box of a map is contiguous in memory, and holds a row more
+    ],
+    ids=["large", "one route", "states", "delta", "long", "chunks", "contiguous"],
+)
+def test_leaves_others(shape, options):
+    assert team(shape, **options) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "blocks"),
+    [
+        ((128, 28, 28, 192), "bfloat16", 1),
+        ((128, 28, 28, 192), "float32", 1),
+        ((128, 14, 14, 384), "bfloat16", 3),
+        ((128, 14, 14, 384), "float32", 3),
+        ((128, 7, 7, 768), "bfloat16", 5),
+        ((128, 7, 7, 768), "float32", 3),
+        ((128, 4, 4, 1536), "bfloat16", 6),
+    ],
+)
+def test_blocks_of_a_multiprocessor(shape, dtype, blocks):
+    needed = mosaic_resident_backward._shared_bytes(geometry(shape, dtype), team(shape, dtype))
+    assert MULTIPROCESSOR // (needed + RESERVED) >= blocks
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
+    shape = (2, 14, 14, 96)
+    lowered(random_inputs, shape, HALF, dtype)
+    needed = mosaic_resident_backward._shared_bytes(geometry(shape, dtype), team(shape, dtype))
+    assert needed - 32 < laid_out[-1] <= needed
+
+
+def test_boxes():
+    """Whole copies, and lines of a warp that begin in different places of shared memory where that can be."""
+    assert Team(16, 1, 1, padded=True).box(14, 14, "bfloat16") == (16, 17)
+    assert Team(16, 1, 2, padded=False).box(28, 28, "bfloat16") == (28, 33)
+    assert Team(32, 1, 1, padded=True).box(7, 7, "bfloat16") == (8, 8)
+    for height, width, dtype in itertools.product(range(1, 33), range(1, 33, 3), ("bfloat16", "float32")):
+        found = team((1, height, width, 192), dtype)
+        if found is not None:
+            rows, columns = found.box(height, width, dtype)
+            assert rows * columns * found.channels * jnp.dtype(dtype).itemsize % 128 == 0
+            assert columns >= width + -width % found.lines
+            assert rows >= height
+            assert found.padded == (rows % found.lines == 0) or height % found.lines == 0
+
+
+@pytest.mark.parametrize("d", [8, 16, 32, 64])
+def test_no_store_reaches_over_the_edge(d):
+    for height, width, dtype in itertools.product(range(1, 18), range(1, 18), ("bfloat16", "float32")):
+        found = team((2, height, width, d), dtype)
+        if found is not None and found.channels == d:
+            assert found.box(height, width, dtype)[0] == height or found.box(height, width, dtype)[1] > width
+
+
+def lowered(random_inputs, shape, routes, dtype) -> str:
+    """StableHLO for CUDA of the backward."""
+    inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(lambda: random_inputs(shape, dtype))
+    )
+    y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, routes, True), *inputs)
+    backward = jax.jit(functools.partial(mosaic._backward_of_images, routes))
+    return backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "routes"),
+    [
+        ((128, 28, 28, 192), HALF),
+        ((128, 14, 14, 384), HALF),
+        ((128, 7, 7, 768), HALF),
+        ((128, 4, 4, 1536), HALF),
+        ((2, 5, 12, 12), ALL),  # channels that do not fill 16 bytes
+    ],
+)
+def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
+    calls = []
+    scan = mosaic_resident_backward.scan_backward
+    monkeypatch.setattr(mosaic_resident_backward, "scan_backward", lambda *a: calls.append(1) or scan(*a))
+    assert "mosaic_gpu" in lowered(random_inputs, shape, routes, dtype)
+    assert calls
+
+
+@pytest.fixture
+def sums_that_can_be_interpreted(monkeypatch):
+    """JAX's interpreter cannot reshape a reference, as the sums over channels do."""
+
+    def place_by_place(block):
+        rows, columns = block._box
+
+        def sums():
+            for row, column, (i, kept) in itertools.product(range(rows), range(columns), enumerate((0, 2))):
+                values = block._kept[kept].at[row, column][...]
+                total = jnp.sum(values.astype(jnp.float32))
+                block._dBC.at[block._image, block._number, i, row * columns + column][...] = total
+
+        block._alone(sums)
+
+    monkeypatch.setattr(mosaic_resident_backward._Block, "_sum_over_channels", place_by_place)
+
+
+@pytest.mark.parametrize(
+    ("shape", "routes", "dtype", "expected"),
+    [
+        ((2, 3, 4, 72), HALF, "bfloat16", Team(64, 2, 1, padded=True)),  # a row outside the map, two channels at once
+        ((1, 6, 7, 40), HALF, "float32", Team(32, 1, 1, padded=True)),
+        ((1, 11, 9, 20), ALL, "bfloat16", Team(16, 1, 1, padded=True)),
+        ((1, 9, 5, 16), ("row", "row_reversed"), "float32", Team(8, 1, 1, padded=True)),
+        ((1, 5, 9, 16), ("column", "column_reversed"), "float32", Team(8, 1, 1, padded=True)),
+        ((1, 20, 17, 24), HALF, "bfloat16", Team(16, 1, 2, padded=False)),  # rows that come twice, chunks of lines
+        ((1, 17, 18, 8), HALF, "float32", Team(8, 1, 1, padded=False)),
+    ],
+    ids=["two channels", "float32", "all routes", "rows", "columns", "two warpgroups", "rows that come twice"],
+)
+def test_interpreted_kernel(
+    interpreted,
+    sums_that_can_be_interpreted,
+    monkeypatch,
+    random_inputs,
+    states_before_chunks,
+    shape,
+    routes,
+    dtype,
+    expected,
+):
+    """All gradients against xla, from states before chunks that were worked out position by position."""
+    assert team(shape, dtype, routes) == expected
+    inputs = random_inputs(shape, dtype)
+    y, residuals = xla.forward(inputs, routes)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype)
+    g = geometry(shape, dtype, routes)
+    states = np.nan_to_num(states_before_chunks(inputs, routes, g.first_chunk[-1]))
+    states = jnp.pad(jnp.asarray(states, jnp.float32), ((0, 0), (0, 0), (0, 0), (0, g.lanes - shape[-1])))
+    backward = jax.jit(functools.partial(mosaic._backward_of_images, routes))
+    du, ddelta, dB, dC, dA, dD, dbias = backward(*inputs, states, dy)
+    found = ScanInputs(du, ddelta, dA.sum(0).T, dB, dC, dD.sum(0), dbias.sum(0))
+    for name, gradient, reference in zip(NAMES, found, xla.backward(residuals, dy, routes), strict=True):
+        assert gradient.shape == reference.shape, name
+        error = np.linalg.norm(np.float64(gradient) - np.float64(reference)) / np.linalg.norm(np.float64(reference))
+        assert error < (2e-6 if dtype == "float32" else 4e-3), f"{name}: {error:.1e}"
+
+
+def test_words_of_b_and_c(random_inputs):
+    for dtype in ("bfloat16", "float32"):
+        inputs = random_inputs((2, 3, 5, 8), dtype)
+        words = mosaic_lines.packed(inputs)
+        assert words.shape == (2, 1 if dtype == "bfloat16" else 2, 3, 32)
+        B, C = mosaic_lines.b_and_c([words[:, i, :, :5] for i in range(words.shape[1])])
+        np.testing.assert_array_equal(B, inputs.B[..., 0].astype(jnp.float32))
+        np.testing.assert_array_equal(C, inputs.C[..., 0].astype(jnp.float32))
