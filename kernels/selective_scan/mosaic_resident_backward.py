@@ -271,21 +271,22 @@ class _Block:
             for ref, row in zip(parameters, rows, strict=True)
         )
         self._a = self._A * LOG2_E
+        zero = plgpu.layout_cast(jnp.zeros((self._team.lines, self._team.channels), jnp.float32), self._layouts.vector)
         plgpu.barrier_wait(self._scratch["rows"])
         self._along_rows(self._start_rows, ())
         self._meet()
         if self._routes(rows=False):
             plgpu.barrier_wait(self._scratch["columns"])
-            self._along_columns(lambda lines: self._find_ends(lines, self._steps(lines)))
+            self._along_columns(self._find_ends_of_columns, ())
             self._meet()
         self._find_arrivals()
         self._meet()
         plgpu.barrier_wait(self._scratch["rest"])
+        dD = zero
         if self._routes(rows=False):
-            self._along_columns(self._finish_columns)
+            dD = self._along_columns(self._finish_columns, dD)
             self._meet()
-        zero = plgpu.layout_cast(jnp.zeros((self._team.lines, self._team.channels), jnp.float32), self._layouts.vector)
-        totals = self._along_rows(self._finish_rows, (zero,) * len(self._dparameters))
+        totals = self._along_rows(self._finish_rows, (zero, dD, zero))
         self._meet()
         self._alone(self._write_maps)
         self._sum_over_channels()
@@ -335,21 +336,19 @@ class _Block:
 
         return lax.fori_loop(0, -(-own // at_once), group, carry)
 
-    def _along_columns(self, body: Callable[[_Lines], None]) -> None:
-        """Calls `body` with a group of columns after the other; some may be outside the map."""
+    def _along_columns(self, body: Callable[[_Lines, Any], Any], carry: Any) -> Any:
+        """Calls `body` with a group of columns after the other, of which some may be outside the map, and the carry."""
         g, at_once, warpgroups = self._geometry, self._team.lines, self._team.warpgroups
         groups = -(-g.width // at_once)
 
-        def group(number: Any, _: Any) -> Any:
+        def group(number: Any, carry: Any) -> Any:
             first = (number * warpgroups + self._warpgroup) * at_once
             lines = _Lines(False, first, at_once, g.height)
-            if groups % warpgroups:
-                pl.when(first < g.width)(lambda: body(lines))
-            else:
-                body(lines)
-            return _
+            if groups % warpgroups == 0:
+                return body(lines, carry)
+            return lax.cond(first < g.width, lambda carry: body(lines, carry), lambda carry: carry, carry)
 
-        lax.fori_loop(0, -(-groups // warpgroups), group, ())
+        return lax.fori_loop(0, -(-groups // warpgroups), group, carry)
 
     # Copies
 
@@ -426,6 +425,10 @@ class _Block:
             lines.of(delta, position)[...] = in_place_of_delta(step, g.dtype)
         return carry
 
+    def _find_ends_of_columns(self, lines: _Lines, carry: Any) -> Any:
+        self._find_ends(lines, self._steps(lines))
+        return carry
+
     def _find_ends(self, lines: _Lines, steps: Sequence[jax.Array]) -> None:
         """Keeps what leaves lines if nothing comes to them, for each route, and the products of their decays."""
         kept = decays(steps, self._a)
@@ -456,12 +459,14 @@ class _Block:
 
     # 3. and 4. Gradients
 
-    def _finish_columns(self, lines: _Lines) -> None:
-        """Adds up over routes along columns."""
-        sums, _ = self._add_up(lines)
+    def _finish_columns(self, lines: _Lines, dD: jax.Array) -> jax.Array:
+        """Adds up over routes along columns; returns `dD` plus the gradient of D."""
+        sums, (us, _, _) = self._add_up(lines)
         for position in range(lines.length):
             for kept, values in zip(self._kept, sums, strict=True):
                 lines.of(kept, position)[...] = values[position].astype(self._geometry.dtype)
+        # Not from sums that were kept in a shorter format: it is a sum over all images, of which little may remain.
+        return functools.reduce(jnp.add, [sums.dy[position] * us[position] for position in range(lines.length)], dD)
 
     def _add_up(self, lines: _Lines) -> tuple[_Sums, tuple[Sequence[jax.Array], ...]]:
         """What the routes along these lines give, and u, step sizes and B at each position."""
@@ -487,15 +492,19 @@ class _Block:
         """Adds what columns gave, and puts the gradients of B, delta, C and u in its place.
 
         Returns:
-            The gradients of A, D and the bias, plus `totals`.
+            `totals` plus the gradients of A, D (along these routes) and the bias.
         """
         g = self._geometry
         sums, (us, steps, Bs) = self._add_up(lines)
-        added: tuple[jax.Array, ...] = ()
+        dA: Any = 0.0
+        dD: Any = 0.0
+        dbias: Any = 0.0
         for positions in _parts(lines.length):
             before = [[self._get(kept, lines, k).astype(jnp.float32) for kept in self._kept] for k in positions]
             slopes = softplus_slopes_of([steps[k] for k in positions], precise=g.dtype == jnp.float32)
             for k, old, slope in zip(positions, before, slopes, strict=True):
+                if k in sums.dy:
+                    dD = sums.dy[k] * us[k] + dD
                 if self._routes(rows=False):
                     sums.add(k, *old)
                 dh, dexponent, dC, dy = (values[k] for values in sums)
@@ -506,10 +515,8 @@ class _Block:
                     results = [jnp.where(counts, *pair) for pair in zip(results, old, strict=True)]
                 for kept, value in zip(self._kept, results, strict=True):
                     lines.of(kept, k)[...] = value.astype(g.dtype)
-                more = (dexponent * steps[k], dy * us[k], draw)
-                added = tuple(x + y for x, y in zip(added, more, strict=True)) if added else more
-        if counts is not None:
-            added = tuple(jnp.where(counts, x, 0.0) for x in added)
+                dA, dbias = dexponent * steps[k] + dA, draw + dbias
+        added = [x if counts is None else jnp.where(counts, x, 0.0) for x in (dA, dD, dbias)]
         return tuple(x + y for x, y in zip(totals, added, strict=True))
 
     # 5. Sums

@@ -165,7 +165,9 @@ class TestSelectiveScan:
     @dtypes
     def test_many_images(self, implementation, dtype):
         """So many that a GPU kernel need not cut the path."""
-        self.check_forward(make_inputs(b=17, h=28, w=28, d=128, dtype=dtype), HALF, implementation)
+        inputs = make_inputs(b=17, h=28, w=28, d=128, dtype=dtype)
+        self.check_forward(inputs, HALF, implementation)
+        self.check_gradients(inputs, HALF, implementation)
 
     @dtypes
     @pytest.mark.parametrize(("h", "w"), [(7, 7), (4, 4), (8, 8), (2, 3)])
