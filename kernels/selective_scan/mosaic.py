@@ -36,6 +36,7 @@ from msvmamba_jax.kernels.selective_scan import (
     mosaic_resident,
     mosaic_resident_backward,
     mosaic_small,
+    mosaic_team,
 )
 from msvmamba_jax.kernels.selective_scan.config import (
     Device,
@@ -97,10 +98,9 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
     """Configurations worth measuring; kernels that keep a map in shared memory have but one."""
     one = heuristic(problem, device)
     if problem.direction == "backward":
-        resident = any(
-            mosaic_resident_backward.team(_geometry(problem, routes, one, device), device.shared_memory)
-            for routes in _likely_routes(problem)
-        )
+        geometry = _geometry(problem, _likely_routes(problem)[-1], one, device)
+        words = 1 if problem.dtype == "bfloat16" else 2
+        resident = mosaic_team.team_for(geometry, words, device.shared_memory) is not None
     else:
         resident = _stays_small(problem, device) or _stays_resident(problem, device)
     if resident:
@@ -123,7 +123,7 @@ def _likely_routes(problem: Problem) -> list[tuple[Route, ...]]:
     """Routes that a problem may have, all along rows, or along columns, or both."""
     axes: list[tuple[Route, ...]] = [("row",), ("column",)]
     if problem.routes > 1:
-        axes.append(("row", "column"))
+        axes.append(("column", "row"))
     return [(some * problem.routes)[: problem.routes] for some in axes]
 
 
@@ -237,7 +237,8 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     problem = Problem.of("backward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
-    if (team := mosaic_resident_backward.team(geometry, local_device().shared_memory)) is not None:
+    team = mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device().shared_memory)
+    if team is not None:
         lanes = geometry.channels + -geometry.channels % team.channels
         operands = _operands(inputs, geometry, mosaic_lines.packed(inputs), lanes)
         du, ddelta, dBC, dA, dD, dbias = mosaic_resident_backward.scan_backward(geometry, team, operands, dy, states)

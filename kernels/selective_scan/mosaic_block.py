@@ -129,7 +129,7 @@ class Parameters(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The inputs of the scan as the kernels take them; `mosaic_resident` has another BC."""
+    """The inputs of the scan as the kernels take them; some have the BC of `mosaic_lines`."""
 
     u: jax.Array  # (b, h, w, d)
     delta: jax.Array  # (b, h, w, d)

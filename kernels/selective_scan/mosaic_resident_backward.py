@@ -30,9 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
-    ALIGNMENT,
     COMPILER_PARAMETERS,
-    ROW,
     Geometry,
     Operands,
     as_step,
@@ -40,101 +38,12 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ordered,
     store_words,
 )
-from msvmamba_jax.kernels.selective_scan.mosaic_lines import Team, b_and_c, chunks_of_a_line, load_words
+from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words
+from msvmamba_jax.kernels.selective_scan.mosaic_team import KEPT, Team, buffers, first_states
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, softplus, softplus_slopes_of
 from msvmamba_jax.kernels.selective_scan.routes import along_rows
 
-_LONGEST = 32  # positions of a line: what is known of more does not fit in registers
-_KEPT = 4  # values for each place
 _TOGETHER = 7  # positions that are worked on side by side where each takes many registers
-_BARRIERS = 4 * 8  # bytes
-_RESERVED = 1024  # bytes of shared memory that the system takes of each block
-
-
-def team(geometry: Geometry, shared_memory: int) -> Team | None:
-    """Who takes a problem, given the bytes of shared memory that a block can have; None if nobody can.
-
-    As measured, speed is a matter of how many warps a multiprocessor has at work. So a block takes few channels, 32
-    bytes of each place, or more where the map is so small that its threads have little to do otherwise. If two blocks
-    fit on a multiprocessor, there is room for rows outside the map; if only one does, there is none, and two
-    warpgroups share the rows if there are enough of them.
-    """
-    g = geometry
-    longest, chunks = max(g.height, g.width), {chunks_of_a_line(route) for route in g.routes}
-    if g.states > 1 or g.delta_dtype != g.dtype or len(g.routes) == 1 or longest > _LONGEST or len(chunks) > 1:
-        return None
-    if longest <= 4 and g.dtype == jnp.bfloat16:
-        preferred = [Team(64, 2, 1, padded=True)]
-    elif longest <= 8:
-        preferred = [Team(32, 1, 1, padded=True)]
-    else:
-        few = 32 // g.dtype.itemsize
-        preferred = [
-            Team(channels, 1, warpgroups, padded)
-            for channels in (few, 2 * few)
-            for warpgroups, padded in ((1, True), (2, False), (1, False))
-        ]
-    half = shared_memory // 2 - _RESERVED
-    fitting = (team for team in preferred if _shared_bytes(g, team) <= (half if team.padded else shared_memory))
-    return next((team for team in fitting if _possible(g, team)), None)
-
-
-def _possible(geometry: Geometry, team: Team) -> bool:
-    """Whether rows are enough for the warpgroups, and what lies outside the map is not written.
-
-    Pallas writes a box that is contiguous in memory as one piece, and so past the last row of a map.
-    """
-    g = geometry
-    if not team.padded and (g.height % team.warpgroups or g.height // team.warpgroups < team.lines):
-        return False
-    rows, columns = team.box(g.height, g.width, g.dtype)
-    return rows == g.height or columns != g.width or g.channels != team.channels
-
-
-def _shared_bytes(geometry: Geometry, team: Team) -> int:
-    words = 1 if geometry.dtype == jnp.bfloat16 else 2
-    buffers = _buffers(geometry, team, (words, geometry.width + -geometry.width % ROW), jnp.dtype(jnp.int32))
-    sizes = [math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers.values()]
-    sizes.append(COMPILER_PARAMETERS.reduction_scratch_bytes)
-    return sum(size + -size % ALIGNMENT for size in sizes) + _BARRIERS
-
-
-def _buffers(geometry: Geometry, team: Team, words: tuple[int, int], dtype: Any) -> dict[str, Any]:
-    """In shared memory; for so many words (arrays, w') of B and C of a row, of that dtype."""
-    g = geometry
-    rows, columns = team.box(g.height, g.width, g.dtype)
-    along_columns = sum(not along_rows(route.route) for route in g.routes)
-    lines = _lines(g, team)
-    return {
-        "u": plgpu.SMEM((rows, columns, team.channels), g.dtype),
-        "delta": plgpu.SMEM((rows, columns, team.channels), g.dtype),
-        "dy": plgpu.SMEM((len(g.routes) + max(0, _KEPT - along_columns), rows, columns, team.channels), g.dtype),
-        "BC": plgpu.SMEM((words[0], rows, words[1]), dtype),
-        "states": plgpu.SMEM((_in_copies(max(_first_state(g, team)) + lines, team), team.channels), jnp.float32),
-        "r": plgpu.SMEM((len(g.routes), lines, team.channels), jnp.float32),
-        "decays": plgpu.SMEM((2, lines, team.channels), jnp.float32),
-    }
-
-
-def _lines(geometry: Geometry, team: Team) -> int:
-    """For which there is room, of a route: all groups of lines."""
-    rows, _ = team.box(geometry.height, geometry.width, geometry.dtype)
-    return _in_copies(max(rows, geometry.width + -geometry.width % team.lines), team)
-
-
-def _in_copies(lines: int, team: Team) -> int:
-    """As many lines of float32 or a few more: the copy engine is asked for multiples of 128 bytes."""
-    return lines + -lines % max(1, ROW // team.channels)
-
-
-def _first_state(geometry: Geometry, team: Team) -> list[int]:
-    """Where the state before the first line of each route is kept, before those of the other lines.
-
-    States of lines that are not cut into chunks come all at once, as they lie in memory.
-    """
-    if chunks_of_a_line(geometry.routes[0]) == 1:
-        return geometry.first_chunk[:-1]
-    return [index * _lines(geometry, team) for index in range(len(geometry.routes))]
 
 
 def scan_backward(
@@ -144,7 +53,7 @@ def scan_backward(
 
     Args:
         geometry: of the problem.
-        team: that takes it, see `team`.
+        team: that takes it, see `mosaic_team`.
         operands: the inputs, with `mosaic_lines.packed` for BC.
         dy: gradient of y (b, routes, h, w, d), in the dtype of u.
         states: those that the forward kept (b, chunks of the path, 1, lanes).
@@ -164,11 +73,11 @@ def scan_backward(
     def body(*refs: Any, **scratch: Any) -> None:
         _Block(g, team, Operands.of(refs), refs[given : given + 2], refs[given + 2 :], scratch).run()
 
-    _, arrays, _, words = operands.BC.shape
+    _, words, _, row = operands.BC.shape
     dys = _neighbours(g)
     barriers = {
-        "rows": plgpu.Barrier(num_arrivals=2 + sum(rows for rows, _ in dys)),
-        "columns": plgpu.Barrier(num_arrivals=max(1, sum(not rows for rows, _ in dys))),
+        "rows": plgpu.Barrier(num_arrivals=2 + sum(are_rows for are_rows, _ in dys)),
+        "columns": plgpu.Barrier(num_arrivals=max(1, sum(not are_rows for are_rows, _ in dys))),
         "rest": plgpu.Barrier(num_arrivals=1 + (1 if chunks == 1 else len(g.routes))),
     }
     together: dict[str, Any] = {}
@@ -178,7 +87,7 @@ def scan_backward(
     call = plgpu.kernel(
         body,
         out_type=[map_type, map_type, of_places, *(of_channels,) * 3],
-        scratch_types=_buffers(g, team, (arrays, words), operands.BC.dtype) | barriers,
+        scratch_types=buffers(g, team, (words, row), operands.BC.dtype) | barriers,
         grid=(g.batch * blocks,),  # blocks of an image read the same B and C at about the same time
         grid_names=("block",),
         compiler_params=COMPILER_PARAMETERS,
@@ -257,9 +166,10 @@ class _Block:
         self._channels = pl.ds(self._number * team.channels, team.channels)
         self._warpgroup = lax.axis_index("warpgroup") if team.warpgroups > 1 else 0
         self._zero = self._image * 0  # where a slice starts that may reach over the edge: JAX refuses a constant
-        # What is kept for a place takes that of the gradients of y along columns, and more if these are not enough.
+        # What is kept for a place takes that of the gradients of y along columns, and more if these are not enough:
+        # `_Sums` of the routes along columns, then the gradients of B (for each channel), delta, C (likewise) and u.
         more = range(len(geometry.routes), scratch["dy"].shape[0])
-        self._kept = [scratch["dy"].at[i] for i in [*self._routes(rows=False), *more][:_KEPT]]
+        self._kept = [scratch["dy"].at[i] for i in [*self._routes(rows=False), *more][:KEPT]]
 
     def run(self) -> None:
         """From the copies in to the copies out."""
@@ -282,11 +192,11 @@ class _Block:
         self._find_arrivals()
         self._meet()
         plgpu.barrier_wait(self._scratch["rest"])
-        dD = zero
+        totals = (zero, zero, zero)
         if self._routes(rows=False):
-            dD = self._along_columns(self._finish_columns, dD)
+            totals = self._along_columns(self._finish_columns, totals)
             self._meet()
-        totals = self._along_rows(self._finish_rows, (zero, dD, zero))
+        totals = self._along_rows(self._finish_rows, totals)
         self._meet()
         self._alone(self._write_maps)
         self._sum_over_channels()
@@ -330,7 +240,7 @@ class _Block:
                 first, some = jnp.minimum(number * at_once, own - at_once), own % at_once
                 counts = first + row >= number * at_once
                 if some:
-                    plgpu.commit_smem()  # whoever had these rows before is done with them
+                    plgpu.commit_smem()  # whoever had these rows in the last group is done with them
             lines = _Lines(True, self._warpgroup * own + first, at_once, g.width)
             return body(lines, counts if some else None, carry)
 
@@ -363,7 +273,7 @@ class _Block:
             dy = self._on_device(self._dy.at[image, some], 1)
             plgpu.copy_gmem_to_smem(dy, scratch["dy"].at[some], scratch["rows" if rows else "columns"])
         plgpu.copy_gmem_to_smem(self._on_device(self._operands.u.at[image]), scratch["u"], scratch["rest"])
-        chunks, first = chunks_of_a_line(g.routes[0]), _first_state(g, self._team)
+        chunks, first = chunks_of_a_line(g.routes[0]), first_states(g, self._team)
         if chunks == 1:
             states = self._states.at[image, pl.ds(self._zero, scratch["states"].shape[0]), 0, self._channels]
             plgpu.copy_gmem_to_smem(states, scratch["states"], scratch["rest"])
@@ -459,14 +369,20 @@ class _Block:
 
     # 3. and 4. Gradients
 
-    def _finish_columns(self, lines: _Lines, dD: jax.Array) -> jax.Array:
-        """Adds up over routes along columns; returns `dD` plus the gradient of D."""
-        sums, (us, _, _) = self._add_up(lines)
-        for position in range(lines.length):
+    def _finish_columns(self, lines: _Lines, totals: Any) -> Any:
+        """Adds up over routes along columns.
+
+        Returns:
+            `totals` plus the gradients of A and D. These are sums over all places, of which little may remain: so they
+            are taken before anything is kept in a shorter format. That of the bias is the sum of what delta gets.
+        """
+        sums, (us, steps, _) = self._add_up(lines)
+        dA, dD, dbias = totals
+        for k in range(lines.length):
+            dA, dD = sums.dexponent[k] * steps[k] + dA, sums.dy[k] * us[k] + dD
             for kept, values in zip(self._kept, sums, strict=True):
-                lines.of(kept, position)[...] = values[position].astype(self._geometry.dtype)
-        # Not from sums that were kept in a shorter format: it is a sum over all images, of which little may remain.
-        return functools.reduce(jnp.add, [sums.dy[position] * us[position] for position in range(lines.length)], dD)
+                lines.of(kept, k)[...] = values[k].astype(self._geometry.dtype)
+        return dA, dD, dbias
 
     def _add_up(self, lines: _Lines) -> tuple[_Sums, tuple[Sequence[jax.Array], ...]]:
         """What the routes along these lines give, and u, step sizes and B at each position."""
@@ -476,7 +392,7 @@ class _Block:
         sums = _Sums({}, {}, {}, {})
         for index in self._routes(rows=lines.are_rows):
             order = ordered(lines.length, self._geometry.routes[index].reversed)
-            before = _first_state(self._geometry, self._team)[index] + lines.first
+            before = first_states(self._geometry, self._team)[index] + lines.first
             h = load_words(self._scratch["states"].at[pl.ds(before, lines.at_once)], self._layouts.vector)
             hs = advance(h, *([xs[k] for k in order] for xs in (kept, drives, Bs)))
             r = load_words(self._scratch["r"].at[index, lines.numbers], self._layouts.vector)
@@ -492,7 +408,7 @@ class _Block:
         """Adds what columns gave, and puts the gradients of B, delta, C and u in its place.
 
         Returns:
-            `totals` plus the gradients of A, D (along these routes) and the bias.
+            `totals` plus the gradients of A and D along rows, and that of the bias.
         """
         g = self._geometry
         sums, (us, steps, Bs) = self._add_up(lines)
@@ -503,8 +419,8 @@ class _Block:
             before = [[self._get(kept, lines, k).astype(jnp.float32) for kept in self._kept] for k in positions]
             slopes = softplus_slopes_of([steps[k] for k in positions], precise=g.dtype == jnp.float32)
             for k, old, slope in zip(positions, before, slopes, strict=True):
-                if k in sums.dy:
-                    dD = sums.dy[k] * us[k] + dD
+                if k in sums.dy:  # of routes along rows
+                    dA, dD = sums.dexponent[k] * steps[k] + dA, sums.dy[k] * us[k] + dD
                 if self._routes(rows=False):
                     sums.add(k, *old)
                 dh, dexponent, dC, dy = (values[k] for values in sums)
@@ -515,7 +431,7 @@ class _Block:
                     results = [jnp.where(counts, *pair) for pair in zip(results, old, strict=True)]
                 for kept, value in zip(self._kept, results, strict=True):
                     lines.of(kept, k)[...] = value.astype(g.dtype)
-                dA, dbias = dexponent * steps[k] + dA, draw + dbias
+                dbias = draw + dbias
         added = [x if counts is None else jnp.where(counts, x, 0.0) for x in (dA, dD, dbias)]
         return tuple(x + y for x, y in zip(totals, added, strict=True))
 
@@ -523,10 +439,9 @@ class _Block:
 
     def _sum_over_channels(self) -> None:
         """Of the gradients of B and C, for each place."""
-        places, (at_once, _) = math.prod(self._box), self._team.summed_at_once(math.prod(self._box))
-        rounds = -(-places // (at_once * self._team.warpgroups))
-        first = [(number * self._team.warpgroups + self._warpgroup) * at_once for number in range(rounds)]
-        parts = [pl.ds(jnp.minimum(start, places - at_once), at_once) for start in first]
+        places = math.prod(self._box)
+        at_once, _ = self._team.summed_at_once(places)
+        parts = [pl.ds(start, at_once) for start in self._team.parts(places, self._warpgroup)]
         kept = [self._kept[i].reshape(places, self._team.channels) for i in (0, 2)]
         # Loads come first, since none can pass a store.
         summands = [[load_words(ref.at[part], self._layouts.summands) for part in parts] for ref in kept]

@@ -55,7 +55,7 @@ def softplus_slopes(xs: Sequence[Any], steps: Sequence[Any]) -> list[Any]:
 def softplus_slopes_of(steps: Sequence[Any], *, precise: bool) -> list[Any]:
     """Derivatives of `steps = softplus(xs)` from the steps alone: sigmoid(x) = 1 - exp(-softplus(x)).
 
-    To an absolute error of 2e-7; if `precise`, to a relative one of 3e-7.
+    With an exact exponential, to an absolute error of 2e-7; if `precise`, to a relative one of 3e-7.
     """
     slopes = [1.0 - e for e in exp2([step * -LOG2_E for step in steps])]
     if not precise:

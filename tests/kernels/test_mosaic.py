@@ -18,8 +18,8 @@ from msvmamba_jax.kernels.selective_scan import (
     mosaic,
     mosaic_kernels,
     mosaic_resident,
-    mosaic_resident_backward,
     mosaic_small,
+    mosaic_team,
     selection,
     xla,
 )
@@ -140,7 +140,7 @@ def tiled(monkeypatch):
     """No problem is left to the kernels that keep a map in shared memory."""
     for kernels in (mosaic_resident, mosaic_small):
         monkeypatch.setattr(kernels, "supports", lambda *_: False)
-    monkeypatch.setattr(mosaic_resident_backward, "team", lambda *_: None)
+    monkeypatch.setattr(mosaic_team, "team_for", lambda *_: None)
 
 
 def lowered(shape, n, routes, dtype, delta_dtype=None) -> tuple[str, str]:

@@ -13,9 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_lines, mosaic_resident_backward, xla
+from msvmamba_jax.kernels.selective_scan import (
+    mosaic,
+    mosaic_lines,
+    mosaic_resident,
+    mosaic_resident_backward,
+    mosaic_small,
+    mosaic_team,
+    xla,
+)
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
-from msvmamba_jax.kernels.selective_scan.mosaic_lines import Team
+from msvmamba_jax.kernels.selective_scan.mosaic_team import Team
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 HALF = ("row_reversed", "column", "column_reversed")
@@ -30,8 +38,14 @@ def geometry(shape, dtype="bfloat16", routes=HALF, states=1, delta_dtype=None):
     return mosaic._geometry(problem, routes, mosaic.Config(2, 1), H100)
 
 
-def team(*arguments, **options) -> Team | None:
-    return mosaic_resident_backward.team(geometry(*arguments, **options), H100.shared_memory)
+def team(shape, dtype="bfloat16", routes=HALF, *, words=None, **options) -> Team | None:
+    words = words or (1 if dtype == "bfloat16" else 2)
+    return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, H100.shared_memory)
+
+
+def shared_bytes(shape, dtype) -> int:
+    words = 1 if dtype == "bfloat16" else 2
+    return mosaic_team.shared_bytes(geometry(shape, dtype), team(shape, dtype), words)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +77,10 @@ def test_takes_small_maps_of_several_routes(shape, dtype, expected):
         ((2, 4, 33, 192), {}),
         ((2, 13, 21, 192), {}),  # rows are cut into chunks, columns are not
         ((2, 7, 8, 32), {}),  # the box of a map is contiguous in memory, and holds a row more
+        ((2, 28, 28, 192), {"words": 2}),  # float32 B and C, for which there is no room beside bfloat16 maps
+        ((2, 7, 7, 192), {"routes": ("row", "column") * 3}),
     ],
-    ids=["large", "one route", "states", "delta", "long", "chunks", "contiguous"],
+    ids=["large", "one route", "states", "delta", "long", "chunks", "contiguous", "words", "many routes"],
 )
 def test_leaves_others(shape, options):
     assert team(shape, **options) is None
@@ -83,7 +99,7 @@ def test_leaves_others(shape, options):
     ],
 )
 def test_blocks_of_a_multiprocessor(shape, dtype, blocks):
-    needed = mosaic_resident_backward._shared_bytes(geometry(shape, dtype), team(shape, dtype))
+    needed = shared_bytes(shape, dtype)
     assert MULTIPROCESSOR // (needed + RESERVED) >= blocks
 
 
@@ -91,7 +107,7 @@ def test_blocks_of_a_multiprocessor(shape, dtype, blocks):
 def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
     shape = (2, 14, 14, 96)
     lowered(random_inputs, shape, HALF, dtype)
-    needed = mosaic_resident_backward._shared_bytes(geometry(shape, dtype), team(shape, dtype))
+    needed = shared_bytes(shape, dtype)
     assert needed - 32 < laid_out[-1] <= needed
 
 
@@ -137,6 +153,10 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
         ((128, 7, 7, 768), HALF),
         ((128, 4, 4, 1536), HALF),
         ((2, 5, 12, 12), ALL),  # channels that do not fill 16 bytes
+        ((2, 9, 5, 40), ("row", "row_reversed")),
+        ((2, 5, 9, 40), ("column", "column_reversed")),
+        ((2, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
+        ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
     ],
 )
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
@@ -145,6 +165,33 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes
     monkeypatch.setattr(mosaic_resident_backward, "scan_backward", lambda *a: calls.append(1) or scan(*a))
     assert "mosaic_gpu" in lowered(random_inputs, shape, routes, dtype)
     assert calls
+
+
+def test_float32_b_and_c_beside_bfloat16_maps_lower(random_inputs):
+    for side in (14, 28):
+        inputs = random_inputs((1, side, side, 16), "bfloat16")
+        inputs = inputs._replace(B=inputs.B.astype(jnp.float32), C=inputs.C.astype(jnp.float32))
+        y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
+        backward = jax.jit(functools.partial(mosaic._backward_of_images, HALF))
+        assert "mosaic_gpu" in backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "found", [Team(16, 1, 2, padded=False), Team(8, 1, 1, padded=True), Team(64, 2, 1, padded=True)]
+)
+@pytest.mark.parametrize("places", [16, 56, 272, 924])
+def test_all_places_are_summed_up(found, places):
+    if found.channels < 64 and places < 64:
+        return
+    at_once, each = found.summed_at_once(places)
+    assert at_once * found.channels == 128 * each
+    summed = [
+        int(start) + k
+        for group in range(found.warpgroups)
+        for start in found.parts(places, group)
+        for k in range(at_once)
+    ]
+    assert sorted(set(summed)) == list(range(places))
 
 
 @pytest.fixture
@@ -195,15 +242,35 @@ def test_interpreted_kernel(
     y, residuals = xla.forward(inputs, routes)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype)
     g = geometry(shape, dtype, routes)
-    states = np.nan_to_num(states_before_chunks(inputs, routes, g.first_chunk[-1]))
+    states = states_before_chunks(inputs, routes, g.first_chunk[-1])
     states = jnp.pad(jnp.asarray(states, jnp.float32), ((0, 0), (0, 0), (0, 0), (0, g.lanes - shape[-1])))
+    check_gradients(inputs, states, dy, routes, xla.backward(residuals, dy, routes))
+
+
+def check_gradients(inputs, states, dy, routes, expected) -> None:
     backward = jax.jit(functools.partial(mosaic._backward_of_images, routes))
     du, ddelta, dB, dC, dA, dD, dbias = backward(*inputs, states, dy)
     found = ScanInputs(du, ddelta, dA.sum(0).T, dB, dC, dD.sum(0), dbias.sum(0))
-    for name, gradient, reference in zip(NAMES, found, xla.backward(residuals, dy, routes), strict=True):
+    rounded = inputs.u.dtype == jnp.bfloat16
+    for name, gradient, reference in zip(NAMES, found, expected, strict=True):
         assert gradient.shape == reference.shape, name
         error = np.linalg.norm(np.float64(gradient) - np.float64(reference)) / np.linalg.norm(np.float64(reference))
-        assert error < (2e-6 if dtype == "float32" else 4e-3), f"{name}: {error:.1e}"
+        # What is added up over places in float32 feels only that step sizes are kept as float16.
+        bound = {"A": 1e-3, "D": 2e-6}.get(name, 4e-3) if rounded else 2e-6
+        assert error < bound, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 4, 24), (1, 12, 12, 24), (1, 20, 1, 8)], ids=["small", "resident", "narrow"])
+def test_interpreted_after_the_forward(interpreted, sums_that_can_be_interpreted, monkeypatch, random_inputs, shape):
+    """With the states that the kernels of the forward keep, which have more channels than the map."""
+    monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)
+    monkeypatch.setattr(mosaic_resident, "faster", lambda problem, device: True)
+    inputs = random_inputs(shape, "float32")
+    y, states = jax.jit(functools.partial(mosaic._forward_of_images, HALF, True))(*inputs)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), jnp.float32)
+    _, residuals = xla.forward(inputs, HALF)
+    assert team(shape, "float32") is not None
+    check_gradients(inputs, states, dy, HALF, xla.backward(residuals, dy, HALF))
 
 
 def test_words_of_b_and_c(random_inputs):

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_resident_backward, mosaic_small, xla
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_small, mosaic_team, xla
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.mosaic_block import as_step, in_place_of_delta
-from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 HALF = ("row_reversed", "column", "column_reversed")
 ALL = ("column", "row_reversed", "row", "column_reversed")
-NAMES = ScanInputs._fields
 
 
 def problem(*shape, direction="forward", states=1, routes=3, dtype="bfloat16", delta_dtype=None) -> Problem:
@@ -127,7 +125,7 @@ def test_states_that_are_kept(interpreted, scans, random_inputs, states_before_c
 
 
 def test_states_serve_the_backward_over_tiles(interpreted, scans, monkeypatch, random_inputs):
-    monkeypatch.setattr(mosaic_resident_backward, "team", lambda *_: None)
+    monkeypatch.setattr(mosaic_team, "team_for", lambda *_: None)
     inputs, routes = random_inputs((1, 3, 12, 8), "float32"), ("row_reversed", "row")
     y, states = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))(*inputs)
     _, residuals = xla.forward(inputs, routes)
