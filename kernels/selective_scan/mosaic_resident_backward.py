@@ -373,13 +373,14 @@ class _Block:
         """Adds up over routes along columns.
 
         Returns:
-            `totals` plus the gradients of A and D. These are sums over all places, of which little may remain: so they
-            are taken before anything is kept in a shorter format. That of the bias is the sum of what delta gets.
+            `totals`; plus the gradients of A and D, if what is kept has a shorter format than float32. These are sums
+            over all places, of which little may remain. (That of the bias is the sum of what delta gets.)
         """
         sums, (us, steps, _) = self._add_up(lines)
         dA, dD, dbias = totals
         for k in range(lines.length):
-            dA, dD = sums.dexponent[k] * steps[k] + dA, sums.dy[k] * us[k] + dD
+            if self._geometry.dtype != jnp.float32:
+                dA, dD = sums.dexponent[k] * steps[k] + dA, sums.dy[k] * us[k] + dD
             for kept, values in zip(self._kept, sums, strict=True):
                 lines.of(kept, k)[...] = values[k].astype(self._geometry.dtype)
         return dA, dD, dbias
@@ -408,7 +409,7 @@ class _Block:
         """Adds what columns gave, and puts the gradients of B, delta, C and u in its place.
 
         Returns:
-            `totals` plus the gradients of A and D along rows, and that of the bias.
+            `totals` plus the gradients of A, D and the bias, unless `_finish_columns` has added their part of A and D.
         """
         g = self._geometry
         sums, (us, steps, Bs) = self._add_up(lines)
@@ -419,11 +420,12 @@ class _Block:
             before = [[self._get(kept, lines, k).astype(jnp.float32) for kept in self._kept] for k in positions]
             slopes = softplus_slopes_of([steps[k] for k in positions], precise=g.dtype == jnp.float32)
             for k, old, slope in zip(positions, before, slopes, strict=True):
-                if k in sums.dy:  # of routes along rows
-                    dA, dD = sums.dexponent[k] * steps[k] + dA, sums.dy[k] * us[k] + dD
+                of_rows = [values.get(k, 0.0) for values in sums]
                 if self._routes(rows=False):
                     sums.add(k, *old)
                 dh, dexponent, dC, dy = (values[k] for values in sums)
+                _, of_A, _, of_D = (dh, dexponent, dC, dy) if g.dtype == jnp.float32 else of_rows
+                dA, dD = of_A * steps[k] + dA, of_D * us[k] + dD
                 ddrive = dh * Bs[k]
                 draw = (ddrive * us[k] + dexponent * self._A) * slope
                 results = [dh * (steps[k] * us[k]), draw, dC, ddrive * steps[k] + self._D * dy]
