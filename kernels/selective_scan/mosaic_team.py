@@ -25,7 +25,7 @@ from msvmamba_jax.kernels.selective_scan.routes import along_rows
 KEPT = 4  # values for each place
 _LONGEST = 32  # positions of a line: what is known of more does not fit in registers
 _MOST_ROUTES = 4  # likewise
-_BANKS = 128  # bytes that shared memory delivers at once, each from a place of its own
+_BANKS = 128  # bytes that shared memory delivers at once, and a multiple of which the copy engine is asked for
 _SUMMED = 8  # channels that a thread sums up by itself, at most
 _BARRIERS = 4 * 8  # bytes
 _RESERVED = 1024  # bytes of shared memory that the system takes of each block
@@ -61,19 +61,15 @@ class Team(NamedTuple):
         return THREADS * self.together // self.channels
 
     def box(self, height: int, width: int, dtype: Any) -> tuple[int, int]:
-        """Rows and columns of the buffer of a map: whole groups of lines, and whole multiples of 128 bytes.
+        """Rows and columns of the buffer of a map: whole groups of lines, and a multiple of 128 bytes.
 
-        Maybe with a few columns more, so that the lines of a warp begin in different places of shared memory.
+        If a warp works on several rows, the number of columns is odd, so that these begin in different places of shared
+        memory. Mosaic GPU does not store them otherwise.
         """
-        size = self.channels * jnp.dtype(dtype).itemsize
         rows = height + -height % self.lines if self.padded else height
-        least = width + -width % self.lines
-        possible = [columns for columns in range(least, least + 4) if rows * columns * size % _BANKS == 0]
-
-        def starts(columns: int) -> int:
-            return len({line * columns * size % _BANKS for line in range(self.lines // WARPS)})
-
-        return rows, min(possible, key=lambda columns: (-starts(columns), columns))
+        rows += -rows % max(1, _BANKS // (self.channels * jnp.dtype(dtype).itemsize))
+        columns = width + -width % self.lines
+        return rows, columns + (self.lines > WARPS and columns % 2 == 0)
 
     def summed_at_once(self, places: int) -> tuple[int, int]:
         """Places whose channels a warpgroup sums up at once, at most all, and channels that a thread takes."""

@@ -123,7 +123,11 @@ def test_boxes():
             assert rows * columns * found.channels * jnp.dtype(dtype).itemsize % 128 == 0
             assert columns >= width + -width % found.lines
             assert rows >= height
-            assert found.padded == (rows % found.lines == 0) or height % found.lines == 0
+            assert rows % found.lines == 0 or not found.padded
+            starts = {
+                line * columns * found.channels * jnp.dtype(dtype).itemsize % 128 for line in range(found.lines // 4)
+            }
+            assert len(starts) == found.lines // 4
 
 
 @pytest.mark.parametrize("d", [8, 16, 32, 64])
@@ -157,6 +161,7 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
         ((2, 5, 9, 40), ("column", "column_reversed")),
         ((2, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
         ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
+        ((2, 17, 18, 24), HALF),  # whose rows are no multiple of 128 bytes
     ],
 )
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
