@@ -49,6 +49,11 @@ def chunks_of_a_line(route: Tiles) -> int:
     return route.pieces * route.span // route.chunk
 
 
+def of_lines(ref: Any, are_rows: bool, lines: Any, position: int) -> Any:
+    """The places of some lines (an index) at a position, of a map in shared memory."""
+    return ref.at[lines, position] if are_rows else ref.at[position, lines]
+
+
 def load_words(ref: Any, layout: Any) -> jax.Array:
     """An array of which a thread gets single words."""
     index = (...,) if jax.__version_info__ < (0, 11) else ()  # that jax takes no reference alone

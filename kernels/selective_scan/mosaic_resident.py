@@ -32,7 +32,7 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     as_step,
     in_place_of_delta,
 )
-from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words
+from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words, of_lines
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
 from msvmamba_jax.kernels.selective_scan.routes import along_rows
 from msvmamba_jax.kernels.selective_scan.tiles import Tiles
@@ -309,15 +309,13 @@ class _Block:
 
     def _keep_step(self, route: Tiles, first: Any, position: int, step: jax.Array) -> None:
         """Writes the step sizes of a position of four lines over delta, for the routes that follow."""
-        lines = pl.ds(first, _LINES)
-        at = (lines, position) if along_rows(route.route) else (position, lines)
-        self._scratch["delta"][at] = in_place_of_delta(step, self._geometry.dtype)
+        at = of_lines(self._scratch["delta"], along_rows(route.route), pl.ds(first, _LINES), position)
+        at[...] = in_place_of_delta(step, self._geometry.dtype)
 
     @staticmethod
     def _at(ref: Any, route: Tiles, first: Any, position: int, layout: Any) -> jax.Array:
         """A position of four lines from the `first` on, of a map in shared memory."""
-        lines = pl.ds(first, _LINES)
-        return load_words(ref.at[lines, position] if along_rows(route.route) else ref.at[position, lines], layout)
+        return load_words(of_lines(ref, along_rows(route.route), pl.ds(first, _LINES), position), layout)
 
     def _copy_line(self, index: int, route: Tiles, warp: int, line: Any) -> None:
         """Starts the copies of y and of the states of a line to device memory."""

@@ -38,7 +38,7 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ordered,
     store_words,
 )
-from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words
+from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words, of_lines
 from msvmamba_jax.kernels.selective_scan.mosaic_team import KEPT, Team, buffers, first_states
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, advance, decays, softplus, softplus_slopes_of
 from msvmamba_jax.kernels.selective_scan.routes import along_rows
@@ -140,7 +140,7 @@ class _Lines(NamedTuple):
 
     def of(self, ref: Any, position: int) -> Any:
         """Their places at a position, of a map."""
-        return ref.at[self.numbers, position] if self.are_rows else ref.at[position, self.numbers]
+        return of_lines(ref, self.are_rows, self.numbers, position)
 
 
 class _Block:
