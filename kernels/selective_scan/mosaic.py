@@ -10,8 +10,9 @@ that each segment leaves when entered with zero and the sum of its step sizes, f
 kernel works out the state that enters its segment. The backward does the same from both ends.
 
 Maps that fit in shared memory, where they stay for all routes, have kernels of their own: `mosaic_small` the forward
-over maps of some tens of positions, `mosaic_resident` that of several routes over larger ones, each where it is faster,
-and `mosaic_resident_backward` the backward of several routes.
+over maps of some tens of positions, `mosaic_resident` that of several routes over larger ones and
+`mosaic_resident_backward` the backward of several routes. Where images and channels are few, these two take a single
+route, too. Each is chosen where it is faster, as measured.
 
 The backward travels against the routes. The forward kept the state before every chunk of positions; the states in
 between are recomputed. A block that takes the whole path adds up the gradients of u and delta over routes as it comes
@@ -100,7 +101,7 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
     if problem.direction == "backward":
         geometry = _geometry(problem, _likely_routes(problem)[-1], one, device)
         words = 1 if problem.dtype == "bfloat16" else 2
-        resident = mosaic_team.team_for(geometry, words, device.shared_memory) is not None
+        resident = mosaic_team.team_for(geometry, words, device) is not None
     else:
         resident = _stays_small(problem, device) or _stays_resident(problem, device)
     if resident:
@@ -237,7 +238,7 @@ def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[
     problem = Problem.of("backward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
-    team = mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device().shared_memory)
+    team = mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device())
     if team is not None:
         lanes = geometry.channels + -geometry.channels % team.channels
         operands = _operands(inputs, geometry, mosaic_lines.packed(inputs), lanes)

@@ -429,8 +429,8 @@ class Block:
         for step in range(stages):
             pl.when(step < count)(functools.partial(fetch, jnp.int32(step)))
         carry = lax.fori_loop(0, count, visit, carry)
-        if outputs:
-            plgpu.wait_smem_to_gmem(0)
+        if outputs:  # out of their buffers; or in device memory, if the next route backwards reads them again
+            plgpu.wait_smem_to_gmem(0, wait_read_only=not (against and self._geometry.merges))
         return carry
 
 

@@ -1,4 +1,4 @@
-"""The forward of several routes over a small map, which is read from device memory once and stays in shared memory.
+"""The forward over a small map, which is read from device memory once and stays in shared memory for all routes.
 
 A block is a warpgroup that takes one image and 32 channels. Copies of u and delta are under way from the start; then,
 for each route, the block works on four lines (rows or columns) at a time: a warp takes a line, a lane takes a channel.
@@ -12,8 +12,8 @@ A vector is a (4, 32) array: a warp's line, a lane's channel, one float32 in eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,15 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     Operands,
     as_step,
     in_place_of_delta,
+    ordered,
 )
 from msvmamba_jax.kernels.selective_scan.mosaic_lines import b_and_c, chunks_of_a_line, load_words, of_lines
 from msvmamba_jax.kernels.selective_scan.recurrence import LOG2_E, decays, softplus
-from msvmamba_jax.kernels.selective_scan.routes import along_rows
-from msvmamba_jax.kernels.selective_scan.tiles import Tiles
+from msvmamba_jax.kernels.selective_scan.routes import Route, along_rows
+from msvmamba_jax.kernels.selective_scan.tiles import LONGEST_CHUNK, Tiles, tiles
 
-_LINES = 4  # warps of a warpgroup
 CHANNELS = 32  # of a block: lanes of a warp
+_LINES = 4  # warps of a warpgroup
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
 _SHORT, _LONG = 12, 20  # positions of a line; see `docs/selective_scan.md` for the lengths that have been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
@@ -48,24 +49,27 @@ _OF_LINES = _VECTOR.reduce(1)  # (4,): all lanes of a warp hold its value
 _OF_CHANNELS = _VECTOR.reduce(0)  # (32,): every warp holds them
 
 
+class _Visit(NamedTuple):
+    """Vectors for each position of four lines, in the order of travel."""
+
+    kept: list[jax.Array]  # decays
+    steps: list[jax.Array]
+    drives: list[jax.Array]  # step u B
+    Cs: list[jax.Array]
+    skipped: list[jax.Array]  # D u
+
+
 def supports(problem: Problem, shared_memory: int) -> bool:
     """Whether `scan` takes the problem, given the bytes of shared memory that a block can have.
 
     That is, if delta, B and C have the dtype of u.
-
-    Routes are chained, so one alone would gain nothing. Groups of four lines, the last of which may overlap with the
-    one before, need four lines in both directions. Pallas writes a box that is contiguous in memory as one piece: that
-    of a column must not be, where it reaches over the channels of the map.
     """
     sides = (problem.height, problem.width)
-    channels = problem.channels + -problem.channels % 8  # of the maps as `mosaic` fills them up
     return (
         problem.direction == "forward"
         and problem.states == 1
-        and problem.routes > 1
         and min(sides) >= _LINES
         and max(sides) <= _LONGEST
-        and problem.width * channels != CHANNELS
         and _shared_bytes(problem) <= shared_memory
     )
 
@@ -73,30 +77,42 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 def faster(problem: Problem, device: Device) -> bool:
     """Whether `scan` is expected to need less time for a problem than the kernel that walks over tiles.
 
-    Measured: what each group of lines costs beside its positions pays for lines of 14 and more. It does not for
-    shorter ones, unless images and channels are so few that blocks of 128 channels leave multiprocessors idle. Where
-    they are far fewer still, a long path is better cut, which this kernel cannot do.
+    Measured: what each group of lines costs beside its positions pays for lines of 14 and more along several routes. It
+    does not for shorter ones or a single route, unless images and channels are so few that blocks of 128 channels leave
+    multiprocessors idle. Where they are far fewer still, a long path is better cut, which this kernel cannot do.
     """
     blocks = problem.batch * -(-problem.channels // THREADS)
     side = min(problem.height, problem.width)
-    if side < _SHORT:
-        return blocks < device.multiprocessors
+    if (side < _SHORT or problem.routes == 1) and blocks >= device.multiprocessors:
+        return False
     return side < _LONG or 8 * blocks > device.multiprocessors
 
 
 def _shared_bytes(problem: Problem) -> int:
-    """At most: of several chunks of a line each has eight positions or more."""
-    height, width, itemsize = problem.height, problem.width, jnp.dtype(problem.dtype).itemsize
-    pitch, line = _pitch(height, width, problem.dtype), _LINES * CHANNELS
-    buffers = (
-        *(_groups(height) * width * line * itemsize,) * 2,
-        height * (width + -width % ROW) * 2 * itemsize,
-        pitch * line * itemsize,
-        2 * line * 4,
-        -(-pitch // 8) * line * 4,
-    )
-    barriers = 8 * (_groups(height) + 1)
-    return sum(size + -size % ALIGNMENT for size in buffers) + barriers
+    """At most: whatever the routes, and with states."""
+    height, width = problem.height, problem.width
+    axes: tuple[Route, ...] = ("row", "column")
+    chunks = max(chunks_of_a_line(tiles(route, height, width, LONGEST_CHUNK)) for route in axes)
+    buffers = _buffers(height, width, jnp.dtype(problem.dtype), chunks)
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers.values())
+    return sum(size + -size % ALIGNMENT for size in sizes) + 8 * (_padded(height) // _LINES + 1)
+
+
+def _buffers(height: int, width: int, dtype: Any, chunks: int) -> dict[str, Any]:
+    """In shared memory: for whole groups of rows and columns, and states of so many chunks of a line (or none)."""
+    rows, columns, words = _padded(height), _padded(width), 1 if dtype == jnp.bfloat16 else 2
+    # y of four lines, as they lie on the map: one copy takes them all.
+    by_row, by_column = (plgpu.SMEM((*box, CHANNELS), dtype) for box in ((_LINES, width), (height, _LINES)))
+    buffers = {
+        "u": plgpu.SMEM((rows, columns, CHANNELS), dtype),
+        "delta": plgpu.SMEM((rows, columns, CHANNELS), dtype),
+        "BC": plgpu.SMEM((words, rows, width + -width % ROW), jnp.int32 if words == 1 else jnp.float32),
+        "y": plgpu.RefUnion(by_row, by_column),
+        "exchange": plgpu.SMEM((2, _LINES, CHANNELS), jnp.float32),
+    }
+    if chunks:
+        buffers["states"] = plgpu.SMEM((_LINES, chunks, CHANNELS), jnp.float32)
+    return buffers
 
 
 def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
@@ -116,19 +132,11 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
     if save:
         out_type.append(jax.ShapeDtypeStruct((g.batch, g.first_chunk[-1], 1, g.lanes), jnp.float32))
     blocks = -(-g.channels // CHANNELS)
-    rows, pitch = _groups(g.height) * _LINES, _pitch(g.height, g.width, g.dtype)
-    buffers: dict[str, Any] = {
-        "u": plgpu.SMEM((rows, g.width, CHANNELS), operands.u.dtype),
-        "delta": plgpu.SMEM((rows, g.width, CHANNELS), operands.delta.dtype),
-        "BC": plgpu.SMEM(operands.BC.shape[1:], operands.BC.dtype),
-        "y": plgpu.SMEM((_LINES, pitch, CHANNELS), g.dtype),
-        "exchange": plgpu.SMEM((2, _LINES, CHANNELS), jnp.float32),
-        "map": plgpu.Barrier(num_arrivals=2, num_barriers=_groups(g.height)),
+    chunks = max(chunks_of_a_line(route) for route in g.routes) if save else 0
+    barriers = {
+        "map": plgpu.Barrier(num_arrivals=2, num_barriers=_padded(g.height) // _LINES),
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
-    if save:
-        chunks = max(chunks_of_a_line(route) for route in g.routes)
-        buffers["states"] = plgpu.SMEM((_LINES, chunks, CHANNELS), jnp.float32)
 
     def body(*refs: Any, **scratch: Any) -> None:
         _Block(g, Operands.of(refs), refs[6], refs[7] if save else None, scratch).run()
@@ -136,7 +144,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
     call = plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=buffers,
+        scratch_types=_buffers(g.height, g.width, g.dtype, chunks) | barriers,
         grid=(g.batch * blocks,),  # blocks of an image read the same B and C at about the same time
         grid_names=("block",),
         compiler_params=COMPILER_PARAMETERS,
@@ -153,6 +161,7 @@ class _Block:
         block = lax.axis_index("block")
         self._image, self._number = lax.div(block, self._blocks), lax.rem(block, self._blocks)
         self._channels = pl.ds(self._number * CHANNELS, CHANNELS)
+        self._zero = self._image * 0  # where a slice starts that may reach over the edge: JAX refuses a constant
 
     def run(self) -> None:
         """Scans the image along all routes."""
@@ -169,30 +178,31 @@ class _Block:
         if self._states is not None:
             self._clear_surplus_lanes()
         plgpu.barrier_wait(self._scratch["BC ready"])
-        # The first route starts before the whole map has come, if its groups of lines are those of the copies.
-        in_step = along_rows(first.route) and g.height % _LINES == 0
+        in_step = along_rows(first.route)  # the first route starts before the whole map has come
         if not in_step:
-            for group in range(_groups(g.height)):
+            for group in range(_padded(g.height) // _LINES):
                 plgpu.barrier_wait(self._scratch["map"].at[group])
         h = plgpu.layout_cast(jnp.zeros((CHANNELS,), jnp.float32), _OF_CHANNELS)
         for index, route in enumerate(g.routes):
             h = self._along_route(index, route, in_step and index == 0, h)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _fetch(self, backwards: bool) -> None:
         """Starts the copies to shared memory, four rows at a time, in the order of the map or against it.
 
-        The last rows may lie outside the map: the copy engine is asked for multiples of 128 bytes.
+        Rows and columns may lie outside the map.
         """
-        BC: Any = self._operands.BC.at[self._image]
+        rows, columns, _ = self._scratch["u"].shape
+        BC: Any = self._operands.BC.at[self._image, :, pl.ds(self._zero, rows)]
         plgpu.copy_gmem_to_smem(BC, self._scratch["BC"], self._scratch["BC ready"])
-        groups = _groups(self._geometry.height)
+        groups = rows // _LINES
 
         def fetch(number: Any, _: Any) -> Any:
             group = groups - 1 - number if backwards else number
             rows = pl.ds(group * _LINES, _LINES)
             for name in ("u", "delta"):
-                source: Any = getattr(self._operands, name).at[self._image, rows, :, self._channels]
+                source: Any = getattr(self._operands, name)
+                source = source.at[self._image, rows, pl.ds(self._zero, columns), self._channels]
                 plgpu.copy_gmem_to_smem(source, self._scratch[name].at[rows], self._scratch["map"].at[group])
             return _
 
@@ -208,125 +218,145 @@ class _Block:
         if route.reversed:
             for save in outside:
                 save(h)
+        groups = _padded(route.lines) // _LINES
 
         def group(number: Any, h: jax.Array) -> jax.Array:
+            at = groups - 1 - number if route.reversed else number
             if in_step:
-                at = _groups(route.lines) - 1 - number if route.reversed else number
                 plgpu.barrier_wait(self._scratch["map"].at[at])
-            return self._four_lines(index, route, number, h)
+            return self._four_lines(index, route, at * _LINES, h)
 
-        h = lax.fori_loop(0, _groups(route.lines), group, h)
+        h = lax.fori_loop(0, groups, group, h)
         if not route.reversed:
             for save in outside:
                 save(h)
         return h
 
-    def _four_lines(self, index: int, route: Tiles, number: Any, h: jax.Array) -> jax.Array:
-        """The state (32,) after group `number` of a route's lines, given the one before it.
+    def _four_lines(self, index: int, route: Tiles, first: Any, h: jax.Array) -> jax.Array:
+        """The state (32,) after four lines of a route, given the one before; `first` is the first of them on the map.
 
-        Of a last group that overlaps with the one before, the first lines have been visited: they pass the state on.
+        Lines outside the map pass the state on.
         """
-        visited = jnp.minimum(number * _LINES, route.lines - _LINES)  # lines before the first of this group
-        again = number * _LINES - visited
-        first = route.lines - _LINES - visited if route.reversed else visited
-        warps = range(_LINES - 1, -1, -1) if route.reversed else range(_LINES)  # in the order of travel
-        order = range(route.length - 1, -1, -1) if route.reversed else range(route.length)
-
-        new = None  # which lines are not visited again
+        visit = self._positions(index, route, first)
+        end, decay = self._through(visit)
+        warp = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
         if route.lines % _LINES:
-            rank = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
-            rank = _LINES - 1 - rank if route.reversed else rank
-            new = rank >= again
-        kept, drives, Cs, skipped = self._positions(index, route, first, order, new)
-        end, total = drives[0], kept[0][1]
-        for (keep, step), drive in zip(kept[1:], drives[1:], strict=True):
-            end, total = keep * end + drive, total + step
-        (decay,) = decays([total], self._a)
-        if new is not None:
-            end, decay = jnp.where(new, end, 0.0), jnp.where(new, decay, 1.0)
-
-        self._scratch["exchange"][0] = end
-        self._scratch["exchange"][1] = decay
+            counts = first + warp < route.lines
+            end, decay = jnp.where(counts, end, 0.0), jnp.where(counts, decay, 1.0)
+        exchange = self._scratch["exchange"]
+        exchange[0] = end
+        exchange[1] = decay
         # Every thread waits here: the last outputs have left their buffers, and what was exchanged is there.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        state = _spread(h, 1)
-        warp = plgpu.broadcasted_iota(jnp.int32, (_LINES, CHANNELS), 0, layout=_VECTOR)
-        for line in warps:
-            if line != warps[0]:
-                state = jnp.where(warp == line, _spread(h, 1), state)
-            end, decay = (load_words(self._scratch["exchange"].at[i, line], _OF_CHANNELS) for i in range(2))
+        state = None
+        for line in ordered(_LINES, route.reversed):
+            state = _spread(h, 1) if state is None else jnp.where(warp == line, _spread(h, 1), state)
+            end, decay = (load_words(exchange.at[i, line], _OF_CHANNELS) for i in range(2))
             h = decay * h + end
-
-        for position, (keep, step), drive, C, skip in zip(order, kept, drives, Cs, skipped, strict=True):
-            if self._states is not None and _enters_chunk(route, position):
-                self._scratch["states"][:, position // route.chunk] = state
-            state = keep * state + drive
-            self._scratch["y"][:, position] = (C * state + skip).astype(self._geometry.dtype)
-            if index == 0:
-                self._keep_step(route, first, position, step)
+        self._finish(route, visit, state)
         plgpu.commit_smem()
-        for nth, line in enumerate(warps):
-            copy = functools.partial(self._copy_line, index, route, line, first + line)
-            if route.lines % _LINES:
-                pl.when(nth >= again)(copy)
-            else:
-                copy()
-        plgpu.commit_smem_to_gmem_group()
+        self._write(index, route, first)
         return h
 
-    def _positions(
-        self, index: int, route: Tiles, first: Any, order: Sequence[int], new: jax.Array | None
-    ) -> tuple[list[tuple[jax.Array, jax.Array]], list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """Vectors for each position of four lines from the `first` on: decays and steps, step u B, C, and D u.
+    def _through(self, visit: _Visit) -> tuple[jax.Array, jax.Array]:
+        """The states that leave four lines entered with zero, and the products of decays."""
+        end, total = visit.drives[0], visit.steps[0]
+        for keep, step, drive in zip(visit.kept[1:], visit.steps[1:], visit.drives[1:], strict=True):
+            end, total = keep * end + drive, total + step
+        (decay,) = decays([total], self._a)
+        return end, decay
+
+    def _finish(self, route: Tiles, visit: _Visit, state: Any) -> None:
+        """Puts y and states of four lines into their buffers, given the states that enter the lines."""
+        along = along_rows(route.route)
+        y = self._scratch["y"][0 if along else 1]
+        for k, keep, drive, C, skip in zip(
+            ordered(route.length, route.reversed), visit.kept, visit.drives, visit.Cs, visit.skipped, strict=True
+        ):
+            if self._states is not None and _enters_chunk(route, k):
+                self._scratch["states"][:, k // route.chunk] = state
+            state = keep * state + drive
+            of_lines(y, along, slice(None), k)[...] = (C * state + skip).astype(self._geometry.dtype)
+
+    def _positions(self, index: int, route: Tiles, first: Any) -> _Visit:
+        """Positions of four lines from the `first` on. On the first route, step sizes are written over delta.
 
         All that a line needs from shared memory is loaded here, since loads cannot pass the stores of results.
         """
-        kept, drives, Cs, skipped = [], [], [], []
+        visit, order = _Visit([], [], [], [], []), ordered(route.length, route.reversed)
         for start in range(0, len(order), _AT_ONCE):
             positions = order[start : start + _AT_ONCE]
             us, deltas = (
                 [self._at(self._scratch[name], route, first, p, _VECTOR) for p in positions] for name in ("u", "delta")
             )
             us = [u.astype(jnp.float32) for u in us]
-            steps = [as_step(delta) for delta in deltas]
             if index == 0:
                 raws = [delta.astype(jnp.float32) + self._bias for delta in deltas]
-                found = softplus(raws, precise=self._geometry.dtype == jnp.float32)
-                steps = found if new is None else [jnp.where(new, *pair) for pair in zip(found, steps, strict=True)]
-            kept += list(zip(decays(steps, self._a), steps, strict=True))
+                steps = softplus(raws, precise=self._geometry.dtype == jnp.float32)
+            else:
+                steps = [as_step(delta) for delta in deltas]
+            visit.kept.extend(decays(steps, self._a))
+            visit.steps.extend(steps)
             for p, step, u in zip(positions, steps, us, strict=True):
                 B, C = self._b_and_c(route, first, p)
-                drives.append(step * u * B)
-                Cs.append(C)
-            skipped += [self._D * u for u in us]
-        return kept, drives, Cs, skipped
+                visit.drives.append(step * u * B)
+                visit.Cs.append(C)
+            visit.skipped.extend(self._D * u for u in us)
+        if index == 0:
+            for position, step in zip(order, visit.steps, strict=True):
+                at = of_lines(self._scratch["delta"], along_rows(route.route), pl.ds(first, _LINES), position)
+                at[...] = in_place_of_delta(step, self._geometry.dtype)
+        return visit
 
-    def _b_and_c(self, route: Tiles, first: Any, position: int) -> tuple[jax.Array, jax.Array]:
+    def _b_and_c(self, route: Tiles, first: Any, position: Any) -> tuple[jax.Array, jax.Array]:
         """B and C at a position of four lines, as vectors."""
         BC = self._scratch["BC"]
         B, C = b_and_c([self._at(BC.at[i], route, first, position, _OF_LINES) for i in range(BC.shape[0])])
         return _spread(B, 0), _spread(C, 0)
 
-    def _keep_step(self, route: Tiles, first: Any, position: int, step: jax.Array) -> None:
-        """Writes the step sizes of a position of four lines over delta, for the routes that follow."""
-        at = of_lines(self._scratch["delta"], along_rows(route.route), pl.ds(first, _LINES), position)
-        at[...] = in_place_of_delta(step, self._geometry.dtype)
-
     @staticmethod
-    def _at(ref: Any, route: Tiles, first: Any, position: int, layout: Any) -> jax.Array:
+    def _at(ref: Any, route: Tiles, first: Any, position: Any, layout: Any) -> jax.Array:
         """A position of four lines from the `first` on, of a map in shared memory."""
         return load_words(of_lines(ref, along_rows(route.route), pl.ds(first, _LINES), position), layout)
 
-    def _copy_line(self, index: int, route: Tiles, warp: int, line: Any) -> None:
-        """Starts the copies of y and of the states of a line to device memory."""
+    def _write(self, index: int, route: Tiles, first: Any) -> None:
+        """Starts the copies of y and of the states of four lines to device memory."""
+        some = route.lines % _LINES
+        copy = functools.partial(self._copy_lines, index, route, first)
+        if some:
+            last = first + _LINES > route.lines
+            pl.when(last)(functools.partial(copy, some))
+            pl.when(jnp.logical_not(last))(functools.partial(copy, _LINES))
+        else:
+            copy(_LINES)
+        plgpu.commit_smem_to_gmem_group()
+
+    def _copy_lines(self, index: int, route: Tiles, first: Any, count: int) -> None:
+        """The same for so many lines.
+
+        Columns may reach over the edge of the map. Rows may not: Pallas writes a box that is contiguous in memory, as
+        that of rows is where a block has all channels, as one piece.
+        """
         y = self._y.at[self._image, index]
-        y = y.at[line, :, self._channels] if along_rows(route.route) else y.at[:, line, self._channels]
-        plgpu.copy_smem_to_gmem(self._scratch["y"].at[warp, pl.ds(0, route.length)], y, commit_group=False)
-        if self._states is not None:
-            chunks = chunks_of_a_line(route)
-            at = pl.ds(self._geometry.first_chunk[index] + line * chunks, chunks)
-            states = self._states.at[self._image, at, 0, self._channels]
-            plgpu.copy_smem_to_gmem(self._scratch["states"].at[warp, pl.ds(0, chunks)], states, commit_group=False)
+        if along_rows(route.route):
+            source = self._scratch["y"][0].at[pl.ds(0, count)]
+            y = y.at[pl.ds(first, count), :, self._channels]
+        else:
+            source = self._scratch["y"][1]
+            y = y.at[:, pl.ds(first, _LINES), self._channels]
+        plgpu.copy_smem_to_gmem(source, y, commit_group=False)
+        if self._states is None:
+            return
+        chunks, start = chunks_of_a_line(route), self._geometry.first_chunk[index]
+        states = self._states.at[self._image, :, 0, self._channels]
+        if chunks == 1:
+            source = self._scratch["states"].at[pl.ds(0, count), 0]
+            plgpu.copy_smem_to_gmem(source, states.at[pl.ds(start + first, count)], commit_group=False)
+            return
+        for line in range(count):
+            at = pl.ds(start + (first + line) * chunks, chunks)
+            source = self._scratch["states"].at[line, pl.ds(0, chunks)]
+            plgpu.copy_smem_to_gmem(source, states.at[at], commit_group=False)
 
     def _save_outside(self, chunk: int, h: jax.Array) -> None:
         """Keeps a state for a chunk outside the map, which tiles of several lines may have."""
@@ -349,14 +379,9 @@ class _Block:
             pl.when(self._number == self._blocks - 1)(lambda: lax.fori_loop(0, groups, clear, None))
 
 
-def _pitch(height: int, width: int, dtype: Any) -> int:
-    """Positions that the buffer of y has for a line: those of a copy must start at multiples of 128 bytes."""
-    together = max(1, 128 // (CHANNELS * jnp.dtype(dtype).itemsize))
-    return max(height, width) + -max(height, width) % together
-
-
-def _groups(lines: int) -> int:
-    return -(-lines // _LINES)
+def _padded(lines: int) -> int:
+    """In whole groups of four."""
+    return lines + -lines % _LINES
 
 
 def _enters_chunk(route: Tiles, position: int) -> bool:

@@ -101,8 +101,9 @@ def on_the_map(geometry: Geometry, team: Team, dBC: jax.Array) -> tuple[jax.Arra
     """The gradients of B and C (b, h, w, 1), float32, from those of `scan_backward`, summed over blocks."""
     g = geometry
     box = team.box(g.height, g.width, g.dtype)
-    total = jnp.sum(dBC, axis=1).reshape(g.batch, 2, *box)[:, :, : g.height, : g.width, None]
-    return total[:, 0], total[:, 1]
+    on_the_map = dBC.reshape(g.batch, -1, 2, *box)[..., : g.height, : g.width, None]
+    dB, dC = (jnp.sum(on_the_map[:, :, i], axis=1) for i in range(2))
+    return dB, dC
 
 
 def _neighbours(geometry: Geometry) -> list[tuple[bool, list[int]]]:
@@ -201,7 +202,7 @@ class _Block:
         self._alone(self._write_maps)
         self._sum_over_channels()
         self._sum_over_lines(totals)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _routes(self, *, rows: bool) -> list[int]:
         return [index for index, route in enumerate(self._geometry.routes) if along_rows(route.route) == rows]
@@ -455,7 +456,7 @@ class _Block:
     def _sum_over_lines(self, totals: Sequence[jax.Array]) -> None:
         """Of the gradients of A, D and the bias, in buffers that are free."""
         lines = self._team.lines
-        buffers = [self._scratch["r"].at[0], self._scratch["r"].at[1], self._scratch["states"]]
+        buffers = [self._scratch["r"].at[0], self._scratch["decays"].at[0], self._scratch["states"]]
         for buffer, total in zip(buffers, totals, strict=True):
             buffer[pl.ds(self._warpgroup * lines, lines)] = total
         self._meet()

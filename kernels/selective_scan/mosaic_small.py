@@ -20,6 +20,7 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ALIGNMENT,
     COMPILER_PARAMETERS,
     THREADS,
+    WARPS,
     Geometry,
     Parameters,
     as_step,
@@ -73,11 +74,15 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 def faster(problem: Problem, device: Device) -> bool:
     """Whether `scan` is expected to need less time for a problem than the other kernels.
 
-    Measured. With several routes, and blocks for an eighth of the multiprocessors at most, it takes longer than that of
-    `mosaic_resident`, where warps share a path.
+    Measured. `mosaic_resident`, where warps share a path, takes less time along several routes if there are blocks for
+    an eighth of the multiprocessors at most, and along one if B and C would have to be filled up, see `flat`. It needs
+    a line for each warp.
     """
-    blocks = problem.batch * -(-problem.channels // THREADS)
-    return problem.routes == 1 or 8 * blocks > device.multiprocessors
+    if problem.routes > 1:
+        blocks = problem.batch * -(-problem.channels // THREADS)
+        return 8 * blocks > device.multiprocessors
+    lines = min(problem.height, problem.width)
+    return problem.batch * problem.height * problem.width >= THREADS or lines < WARPS
 
 
 def _shared_bytes(problem: Problem) -> int:
@@ -122,7 +127,7 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
             h = _along_route(block, index, out, states, h)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, block.whole(y.at[:, index]))
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     call = plgpu.kernel(
         body,

@@ -1,4 +1,4 @@
-"""Who takes the backward of several routes over a map in shared memory, and what is there.
+"""Who takes the backward over a map in shared memory, and what is there.
 
 The kernel is in `mosaic_resident_backward`.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from msvmamba_jax.kernels.selective_scan.config import Device
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ALIGNMENT,
     COMPILER_PARAMETERS,
@@ -24,6 +25,7 @@ from msvmamba_jax.kernels.selective_scan.routes import along_rows
 
 KEPT = 4  # values for each place
 _LONGEST = 32  # positions of a line: what is known of more does not fit in registers
+_LONG = 20  # positions of a line, or more
 _MOST_ROUTES = 4  # likewise
 _BANKS = 128  # bytes that shared memory delivers at once, and a multiple of which the copy engine is asked for
 _SUMMED = 8  # channels that a thread sums up by itself, at most
@@ -101,24 +103,26 @@ def _layout(lines: int, channels: int, together: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def team_for(geometry: Geometry, words: int, shared_memory: int) -> Team | None:
-    """Who takes a problem; None if nobody can.
+def team_for(geometry: Geometry, words: int, device: Device) -> Team | None:
+    """Who takes a problem; None if nobody can, or if other kernels are expected to need less time.
 
     As measured, speed is a matter of how many warps a multiprocessor has at work. So a block takes few channels, 32
     bytes of each place, or more where the map is so small that its threads have little to do otherwise. If two blocks
     fit on a multiprocessor, there is room for rows outside the map; if only one does, there is none, and two
     warpgroups share the rows if there are enough of them.
 
+    A single route, along which a map passes but once anyway, is taken if images and channels are few.
+
     Args:
         geometry: of the problem.
         words: that hold B and C of a position, see `mosaic_lines.packed`.
-        shared_memory: bytes that a block can have.
+        device: where.
     """
-    g = geometry
+    g, shared_memory = geometry, device.shared_memory
     longest, chunks = max(g.height, g.width), {chunks_of_a_line(route) for route in g.routes}
     if g.states > 1 or g.delta_dtype != g.dtype or longest > _LONGEST or len(chunks) > 1:
         return None
-    if not 1 < len(g.routes) <= _MOST_ROUTES:
+    if len(g.routes) > _MOST_ROUTES or (len(g.routes) == 1 and not _few(g, device)):
         return None
     if longest <= 4 and g.dtype == jnp.bfloat16:
         preferred = [Team(64, 2, 1, padded=True)]
@@ -134,6 +138,13 @@ def team_for(geometry: Geometry, words: int, shared_memory: int) -> Team | None:
     half = shared_memory // 2 - _RESERVED
     fitting = (team for team in preferred if shared_bytes(g, team, words) <= (half if team.padded else shared_memory))
     return next((team for team in fitting if _possible(g, team)), None)
+
+
+def _few(geometry: Geometry, device: Device) -> bool:
+    """Whether blocks of 128 channels would leave some multiprocessors idle; as measured, most if lines are long."""
+    g = geometry
+    blocks = g.batch * -(-g.channels // THREADS)
+    return blocks < device.multiprocessors // (1 if min(g.height, g.width) < _LONG else 8)
 
 
 def _possible(geometry: Geometry, team: Team) -> bool:

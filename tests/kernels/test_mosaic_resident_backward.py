@@ -40,7 +40,7 @@ def geometry(shape, dtype="bfloat16", routes=HALF, states=1, delta_dtype=None):
 
 def team(shape, dtype="bfloat16", routes=HALF, *, words=None, **options) -> Team | None:
     words = words or (1 if dtype == "bfloat16" else 2)
-    return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, H100.shared_memory)
+    return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, H100)
 
 
 def shared_bytes(shape, dtype) -> int:
@@ -71,7 +71,8 @@ def test_takes_small_maps_of_several_routes(shape, dtype, expected):
     ("shape", "options"),
     [
         ((128, 56, 56, 96), {}),
-        ((2, 7, 7, 192), {"routes": ("row",)}),
+        ((128, 14, 14, 768), {"routes": ("row",)}),
+        ((8, 28, 28, 384), {"routes": ("row",)}),
         ((2, 7, 7, 192), {"states": 2}),
         ((2, 7, 7, 192), {"delta_dtype": "float32"}),
         ((2, 4, 33, 192), {}),
@@ -80,7 +81,7 @@ def test_takes_small_maps_of_several_routes(shape, dtype, expected):
         ((2, 28, 28, 192), {"words": 2}),  # float32 B and C, for which there is no room beside bfloat16 maps
         ((2, 7, 7, 192), {"routes": ("row", "column") * 3}),
     ],
-    ids=["large", "one route", "states", "delta", "long", "chunks", "contiguous", "words", "many routes"],
+    ids=["large", "one route", "one long route", "states", "delta", "long", "chunks", "contiguous", "words", "many routes"],
 )
 def test_leaves_others(shape, options):
     assert team(shape, **options) is None
@@ -162,6 +163,7 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
         ((2, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
         ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
         ((2, 17, 18, 24), HALF),  # whose rows are no multiple of 128 bytes
+        ((1, 14, 14, 768), ("row",)),
     ],
 )
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
@@ -227,8 +229,20 @@ def sums_that_can_be_interpreted(monkeypatch):
         ((1, 5, 9, 16), ("column", "column_reversed"), "float32", Team(8, 1, 1, padded=True)),
         ((1, 20, 17, 24), HALF, "bfloat16", Team(16, 1, 2, padded=False)),  # rows that come twice, chunks of lines
         ((1, 17, 18, 8), HALF, "float32", Team(8, 1, 1, padded=False)),
+        ((1, 10, 6, 16), ("row_reversed",), "bfloat16", Team(16, 1, 1, padded=True)),
+        ((1, 6, 10, 16), ("column",), "float32", Team(8, 1, 1, padded=True)),
     ],
-    ids=["two channels", "float32", "all routes", "rows", "columns", "two warpgroups", "rows that come twice"],
+    ids=[
+        "two channels",
+        "float32",
+        "all routes",
+        "rows",
+        "columns",
+        "two warpgroups",
+        "rows that come twice",
+        "one along rows",
+        "one along columns",
+    ],
 )
 def test_interpreted_kernel(
     interpreted,

@@ -52,7 +52,9 @@ def test_leaves_others(shape, options):
         ((128, 7, 7, 768), 3, True),
         ((16, 7, 7, 768), 3, True),
         ((1, 7, 7, 768), 3, False),
-        ((1, 7, 7, 1536), 1, True),
+        ((1, 7, 7, 1536), 1, False),
+        ((4, 7, 7, 1536), 1, True),
+        ((1, 3, 7, 1536), 1, True),
     ],
 )
 def test_takes_over_where_it_measured_faster(shape, routes, faster):
