@@ -210,7 +210,7 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     if alike and _stays_resident(problem, local_device()):
         BC, lanes = mosaic_lines.packed(inputs), geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
         operands = _operands(inputs, geometry, BC, lanes)
-        y, *states = mosaic_resident.scan(geometry, operands, save=save)
+        y, *states = mosaic_resident.scan(geometry, operands, local_device(), save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
     operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None

@@ -43,6 +43,8 @@ _LINES = 4  # warps of a warpgroup
 _LONGEST = 40  # positions of a line whose decays, drives and u fit in registers
 _SHORT, _LONG = 12, 20  # positions of a line; see `docs/selective_scan.md` for the lengths that have been measured
 _AT_ONCE = 8  # positions whose step sizes are worked out side by side
+_RESERVED = 1024  # bytes of shared memory that the system takes of each block
+_BYTES_OF_A_PAUSE = 84  # that pass between a multiprocessor and device memory during a multiply-add, about
 
 _VECTOR = plgpu.Layout.TILED(plgpu.Tiling(((_LINES, CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 _OF_LINES = _VECTOR.reduce(1)  # (4,): all lanes of a warp hold its value
@@ -94,6 +96,11 @@ def _shared_bytes(problem: Problem) -> int:
     axes: tuple[Route, ...] = ("row", "column")
     chunks = max(chunks_of_a_line(tiles(route, height, width, LONGEST_CHUNK)) for route in axes)
     buffers = _buffers(height, width, jnp.dtype(problem.dtype), chunks)
+    return _bytes(buffers, height)
+
+
+def _bytes(buffers: dict[str, Any], height: int) -> int:
+    """Of these and of barriers, as Mosaic GPU lays them out."""
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers.values())
     return sum(size + -size % ALIGNMENT for size in sizes) + 8 * (_padded(height) // _LINES + 1)
 
@@ -115,12 +122,42 @@ def _buffers(height: int, width: int, dtype: Any, chunks: int) -> dict[str, Any]
     return buffers
 
 
-def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
+class Queue(NamedTuple):
+    """The blocks that start at once, if more follow: those of a multiprocessor wait for each other.
+
+    Otherwise all of them would ask for memory at the same time, and leave it idle at others.
+
+    Attributes:
+        multiprocessors: which get a block in turn.
+        blocks: that a multiprocessor works on at a time.
+        pause: by which a block starts later than the one before it, in multiply-adds that wait for each other.
+    """
+
+    multiprocessors: int
+    blocks: int
+    pause: int
+
+
+def queue_for(geometry: Geometry, shared_bytes: int, device: Device) -> Queue | None:
+    """How blocks start, given the shared memory of each; None if there are too few for it to pay.
+
+    As measured, a pause is best that lets the memory deliver and take about all that a block reads and writes.
+    """
+    g = geometry
+    blocks = (device.shared_memory + _RESERVED) // (shared_bytes + _RESERVED)
+    if blocks < 2 or g.batch * -(-g.channels // CHANNELS) < 2 * blocks * device.multiprocessors:
+        return None
+    passed = (2 + len(g.routes)) * g.height * g.width * CHANNELS * g.dtype.itemsize
+    return Queue(device.multiprocessors, blocks, passed // _BYTES_OF_A_PAUSE)
+
+
+def scan(geometry: Geometry, operands: Operands, device: Device, *, save: bool) -> tuple[jax.Array, ...]:
     """The scan of a problem that is supported.
 
     Args:
         geometry: of the problem.
         operands: the inputs, with `mosaic_lines.packed` for BC.
+        device: where.
         save: whether to keep states.
 
     Returns:
@@ -138,13 +175,19 @@ def scan(geometry: Geometry, operands: Operands, *, save: bool) -> tuple[jax.Arr
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
 
+    buffers = _buffers(g.height, g.width, g.dtype, chunks)
+    queue = queue_for(g, _bytes(buffers, g.height), device)
+
     def body(*refs: Any, **scratch: Any) -> None:
-        _Block(g, Operands.of(refs), refs[6], refs[7] if save else None, scratch).run()
+        block = _Block(g, Operands.of(refs), refs[6], refs[7] if save else None, scratch)
+        if queue is not None:
+            block.queue(queue)
+        block.run()
 
     call = plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=_buffers(g.height, g.width, g.dtype, chunks) | barriers,
+        scratch_types=buffers | barriers,
         grid=(g.batch * blocks,),  # blocks of an image read the same B and C at about the same time
         grid_names=("block",),
         compiler_params=COMPILER_PARAMETERS,
@@ -162,6 +205,20 @@ class _Block:
         self._image, self._number = lax.div(block, self._blocks), lax.rem(block, self._blocks)
         self._channels = pl.ds(self._number * CHANNELS, CHANNELS)
         self._zero = self._image * 0  # where a slice starts that may reach over the edge: JAX refuses a constant
+
+    def queue(self, queue: Queue) -> None:
+        """Waits for the blocks before this one on the multiprocessor, if all of them start at once."""
+        block = lax.axis_index("block")
+        before = lax.div(block, queue.multiprocessors)
+        # The remainder makes little difference, but a number of steps that compilers do not know, and do not unroll.
+        count = before * queue.pause + lax.rem(block, queue.multiprocessors)
+        one = plgpu.layout_cast(jnp.ones((CHANNELS,), jnp.float32), _OF_CHANNELS)
+
+        def wait() -> None:
+            # In shared memory, so that no compiler finds that nobody needs the number.
+            self._scratch["exchange"][0, 0] = lax.fori_loop(0, count, lambda _, x: 0.5 * x + 1.0, one)
+
+        pl.when(before < queue.blocks)(wait)
 
     def run(self) -> None:
         """Scans the image along all routes."""

@@ -78,6 +78,47 @@ def test_two_blocks_share_a_multiprocessor():
     assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - reserved)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "blocks"),
+    [
+        ((128, 28, 28, 192), "bfloat16", 2),
+        ((128, 14, 14, 384), "bfloat16", 5),
+        ((128, 14, 14, 384), "float32", 2),
+    ],
+)
+def test_blocks_that_start_at_once_queue(shape, dtype, blocks):
+    queue = queue_for(shape, dtype)
+    assert queue.multiprocessors == H100.multiprocessors
+    assert queue.blocks == blocks
+    nanoseconds = 2.25 * queue.pause
+    traffic = 5 * shape[1] * shape[2] * 32 * jnp.dtype(dtype).itemsize
+    assert traffic / nanoseconds == pytest.approx(3000 / H100.multiprocessors, rel=1)  # GB/s
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((128, 28, 28, 192), "float32"), ((16, 28, 28, 192), "bfloat16"), ((1, 14, 14, 384), "bfloat16")],
+    ids=["a block for each multiprocessor", "one wave", "few"],
+)
+def test_others_do_not_queue(shape, dtype):
+    assert queue_for(shape, dtype) is None
+
+
+def queue_for(shape, dtype) -> mosaic_resident.Queue | None:
+    geometry = mosaic._geometry(problem(*shape, dtype=dtype), HALF, mosaic.Config(2, 1), H100)
+    buffers = mosaic_resident._buffers(*shape[1:3], jnp.dtype(dtype), 0)
+    return mosaic_resident.queue_for(geometry, mosaic_resident._bytes(buffers, shape[1]), H100)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
+    inputs = jax.eval_shape(lambda: random_inputs((2, 14, 14, 96), dtype))
+    forward = jax.jit(functools.partial(mosaic._forward_of_images, HALF, True))
+    forward.trace(*inputs).lower(lowering_platforms=("cuda",))
+    needed = mosaic_resident._shared_bytes(problem(2, 14, 14, 96, dtype=dtype))
+    assert needed - 64 < laid_out[-1] <= needed
+
+
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(128, 28, 28, 192), (16, 14, 14, 384), (16, 7, 7, 768), (2, 9, 11, 20)])
@@ -111,6 +152,7 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
 )
 def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, states_before_chunks, shape, routes, dtype):
     """y against xla, and the states that were kept against those of a walk from position to position."""
+    monkeypatch.setattr(mosaic_resident, "queue_for", lambda *_: mosaic_resident.Queue(1, 2, 3))
     monkeypatch.setattr(mosaic_resident, "faster", lambda problem, device: True)
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: False)
     inputs = random_inputs(shape, dtype)
