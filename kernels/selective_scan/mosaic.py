@@ -133,6 +133,7 @@ class Residuals(NamedTuple):
 
     inputs: ScanInputs
     states: jax.Array  # see `mosaic_kernels.scan`
+    words: tuple[jax.Array, ...]  # one array or none, see `_words_to_keep`
 
 
 def unavailable() -> str | None:
@@ -163,29 +164,39 @@ def refusal(inputs: ScanInputs, routes: tuple[Route, ...]) -> str | None:
 
 def run(inputs: ScanInputs, routes: tuple[Route, ...]) -> jax.Array:
     """Scans the map along `routes` without keeping states: y (b, routes, h, w, d) in the dtype of `inputs.u`."""
-    return _forward(inputs, routes, save=False)[0]
+    return _launch(_forward_of_images, routes, False)(*_in_kernel_dtypes(inputs))[0].astype(inputs.u.dtype)
 
 
 def forward(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, Residuals]:
     """Scans the map along `routes`: y (b, routes, h, w, d) in the dtype of `inputs.u`, and the residuals."""
-    y, states = _forward(inputs, routes, save=True)
-    return y, Residuals(inputs, states)
+    arrays = _in_kernel_dtypes(inputs)
+    words = _words_to_keep(arrays, routes)
+    y, states = _launch(_forward_of_images, routes, True)(*arrays, *words)
+    return y.astype(inputs.u.dtype), Residuals(inputs, states, words)
 
 
 def backward(residuals: Residuals, dy: jax.Array, routes: tuple[Route, ...]) -> ScanInputs:
     """The gradient of `forward` with respect to every input, given dy (b, routes, h, w, d)."""
-    inputs, states = residuals
+    inputs, states, words = residuals
     arrays = _in_kernel_dtypes(inputs)
-    gradient = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype))
+    gradient = _launch(_backward_of_images, routes)(*arrays, states, dy.astype(arrays.u.dtype), *words)
     du, ddelta, dB, dC, dA, dD, dbias = gradient
     *of_states, dD, dbias = _sum_over_images([*(dA[:, i] for i in range(dA.shape[1])), dD, dbias])
     gradients = ScanInputs(u=du, delta=ddelta, A=jnp.stack(of_states, axis=1), B=dB, C=dC, D=dD, delta_bias=dbias)
     return ScanInputs(*(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
 
 
-def _forward(inputs: ScanInputs, routes: tuple[Route, ...], save: bool) -> tuple[jax.Array, ...]:
-    y, *residuals = _launch(_forward_of_images, routes, save)(*_in_kernel_dtypes(inputs))
-    return (y.astype(inputs.u.dtype), *residuals)
+def _words_to_keep(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.Array, ...]:
+    """B and C as the kernels need them that keep a map in shared memory, if the backward may be such a one.
+
+    The forward mostly needs them, too, so that one program of XLA's less runs. Whether they are kept must not depend on
+    the number of images, of which on several devices each has a part: so they are if a single image would need them.
+    Where nobody does in the end, XLA leaves them out.
+    """
+    geometry = dataclasses.replace(_geometry_here(Problem.of("backward", inputs, routes), routes), batch=1)
+    if mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device()) is None:
+        return ()
+    return (mosaic_lines.packed(inputs),)
 
 
 @functools.cache
@@ -199,8 +210,8 @@ def _in_kernel_dtypes(inputs: ScanInputs) -> ScanInputs:
 
 
 def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """y, and with `save` the states."""
-    inputs = ScanInputs(*arrays)
+    """y, and with `save` the states; after the inputs, `arrays` may have what `_words_to_keep` found."""
+    inputs, words = ScanInputs(*arrays[:7]), arrays[7:]
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     if _is_small(problem, geometry, local_device()):
@@ -208,14 +219,18 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
         return (y[..., : inputs.u.shape[-1]], *states)
     alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
     if alike and _stays_resident(problem, local_device()):
-        BC, lanes = mosaic_lines.packed(inputs), geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
-        operands = _operands(inputs, geometry, BC, lanes)
+        lanes = geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
+        operands = _operands(inputs, geometry, _packed(inputs, words), lanes)
         y, *states = mosaic_resident.scan(geometry, operands, local_device(), save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
     operands = _operands(inputs, geometry, _tiled(inputs, geometry), geometry.lanes)
     ends = mosaic_kernels.segment_ends(geometry, operands) if geometry.parts > 1 else None
     y, *states = mosaic_kernels.scan(geometry, operands, ends, save=save)
     return (y[..., : inputs.u.shape[-1]], *states)
+
+
+def _packed(inputs: ScanInputs, words: Sequence[jax.Array]) -> jax.Array:
+    return words[0] if words else mosaic_lines.packed(inputs)
 
 
 def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device) -> bool:
@@ -234,14 +249,14 @@ def _stays_resident(problem: Problem, device: Device) -> bool:
 def _backward_of_images(routes: tuple[Route, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """du, ddelta (b, h, w, d), dB, dC (b, h, w, n); dA (b, n, d), and the gradients of D and the bias (b, d)."""
     inputs = ScanInputs(*arrays[:7])
-    states, dy = arrays[7:]
+    states, dy, *words = arrays[7:]
     problem = Problem.of("backward", inputs, routes)
     geometry = _geometry_here(problem, routes)
     channels, dy = inputs.u.shape[-1], _fill_up(dy, geometry.channels)
     team = mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device())
     if team is not None:
         lanes = geometry.channels + -geometry.channels % team.channels
-        operands = _operands(inputs, geometry, mosaic_lines.packed(inputs), lanes)
+        operands = _operands(inputs, geometry, _packed(inputs, words), lanes)
         du, ddelta, dBC, dA, dD, dbias = mosaic_resident_backward.scan_backward(geometry, team, operands, dy, states)
         dB, dC = mosaic_resident_backward.on_the_map(geometry, team, dBC)
         du, ddelta, dA, dD, dbias = (x[..., :channels] for x in (du, ddelta, dA[:, None], dD, dbias))

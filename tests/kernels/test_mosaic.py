@@ -231,11 +231,28 @@ def test_what_is_kept_does_not_depend_on_the_batch(shape):
         maps, small = spec((batch, *shape), "bfloat16"), spec((batch, *shape[:2], 1), "bfloat16")
         vector = spec(shape[-1:], "float32")
         inputs = ScanInputs(maps, maps, spec((shape[-1], 1), "float32"), small, small, vector, vector)
-        y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
-        gradients = jax.eval_shape(functools.partial(mosaic._backward_of_images, HALF), *inputs, states, y)
-        return [(x.shape[1:], x.dtype.name) for x in (y, states, *gradients)]
+        y, residuals = jax.eval_shape(functools.partial(mosaic.forward, routes=HALF), inputs)
+        _, states, words = residuals
+        gradients = jax.eval_shape(functools.partial(mosaic._backward_of_images, HALF), *inputs, states, y, *words)
+        return [(x.shape[1:], x.dtype.name) for x in (y, states, *words, *gradients)]
 
     assert kept(1) == kept(16) == kept(256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "routes", "times"),
+    [
+        ((128, 14, 14, 384), 1, HALF, 1),
+        ((1, 7, 7, 768), 1, HALF, 1),
+        ((1, 14, 14, 768), 1, ("row",), 1),
+        ((128, 64, 64, 192), 1, HALF, 0),
+        ((128, 14, 14, 384), 2, HALF, 0),
+    ],
+)
+def test_b_and_c_become_words_once(shape, n, routes, times):
+    """For the kernels that keep a map in shared memory, the forward and the backward."""
+    _, training = lowered(shape, n, routes, "bfloat16")
+    assert training.count("stablehlo.or ") == times
 
 
 @pytest.mark.parametrize(

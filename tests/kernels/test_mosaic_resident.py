@@ -32,9 +32,7 @@ def test_takes_small_maps(shape, dtype):
     assert mosaic_resident.supports(problem(*shape, dtype=dtype, routes=1), SHARED_MEMORY)
 
 
-@pytest.mark.parametrize(
-    "shape", [(128, 56, 56, 192), (2, 3, 20, 192), (2, 20, 3, 192), (1, 8, 64, 192)]
-)
+@pytest.mark.parametrize("shape", [(128, 56, 56, 192), (2, 3, 20, 192), (2, 20, 3, 192), (1, 8, 64, 192)])
 def test_leaves_others_to_the_tiled_kernel(shape):
     assert not mosaic_resident.supports(problem(*shape), SHARED_MEMORY)
 

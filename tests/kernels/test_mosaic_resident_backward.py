@@ -81,7 +81,18 @@ def test_takes_small_maps_of_several_routes(shape, dtype, expected):
         ((2, 28, 28, 192), {"words": 2}),  # float32 B and C, for which there is no room beside bfloat16 maps
         ((2, 7, 7, 192), {"routes": ("row", "column") * 3}),
     ],
-    ids=["large", "one route", "one long route", "states", "delta", "long", "chunks", "contiguous", "words", "many routes"],
+    ids=[
+        "large",
+        "one route",
+        "one long route",
+        "states",
+        "delta",
+        "long",
+        "chunks",
+        "contiguous",
+        "words",
+        "many routes",
+    ],
 )
 def test_leaves_others(shape, options):
     assert team(shape, **options) is None
