@@ -25,8 +25,6 @@ SMALL = {"width": 8, "depths": (1, 1, 1, 1), "num_classes": 5, "channels": 12, "
 LIMITS = ProposalLimits(60, 40)
 BFLOAT16_TOLERANCE = 0.05  # relative L2; measured: 0.02
 
-hasty_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @functools.cache
 def small_model(name: str = "msvmamba_nano", **options) -> Detector:
@@ -40,7 +38,7 @@ def images(batch=2, height=64, width=96) -> jax.Array:
 BOXES = jnp.asarray([[[3.0, 5.0, 40.0, 60.0], [10.0, 10.0, 14.0, 90.0], [-9.0, 0.0, 300.0, 300.0]]] * 2)
 
 
-@functools.partial(hasty_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, images, boxes):
     model = nnx.merge(graph, state)
     pyramid = model.pyramid(images)
@@ -57,7 +55,7 @@ def float32_outputs():
     return run(small_model(), images())
 
 
-@functools.partial(hasty_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _detect(graph, state, images, sizes, scales):
     return detect(nnx.merge(graph, state), images, sizes, scales, LIMITS)
 
@@ -121,7 +119,7 @@ def fresh() -> dict[str, np.ndarray]:
         )
         return get_parameters(heads)
 
-    return {name: np.asarray(x, np.float64) for name, x in flatten(hasty_jit(build)())}
+    return {name: np.asarray(x, np.float64) for name, x in flatten(jax.jit(build)())}
 
 
 def test_initialisation(fresh):

@@ -27,7 +27,6 @@ every_kind = pytest.mark.parametrize("name", ["msvmamba_nano", "vssm_tiny"])
 
 
 # Optimised machine code would take longer to make than it saves here.
-hasty_jit = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -40,7 +39,7 @@ def images(batch=2, height=HEIGHT, width=WIDTH) -> jax.Array:
     return jax.random.normal(jax.random.key(batch), (batch, height, width, 3))
 
 
-@hasty_jit
+@functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, images, keys):
     model = nnx.merge(graph, state)
     maps = model.features(images, keys)
@@ -52,7 +51,7 @@ def run(model: Classifier, images: jax.Array, keys=None) -> tuple[jax.Array, lis
     return _run(*nnx.split(model), images, keys)
 
 
-@hasty_jit
+@functools.partial(jax.jit, static_argnums=0)
 def _gradients(graph, state, images):
     def loss(state, images):
         logits = nnx.merge(graph, state)(images)

@@ -40,7 +40,6 @@ HEIGHT, WIDTH = 37, 70  # neither a multiple of 4; the maps are 9 x 17, 5 x 9, 3
 BFLOAT16_TOLERANCE = 0.05  # relative L2; measured: 0.02
 
 every_kind = pytest.mark.parametrize("name", ["msvmamba_nano", "vssm_tiny"])
-hasty_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -52,7 +51,7 @@ def images(batch=2, height=HEIGHT, width=WIDTH) -> jax.Array:
     return jax.random.normal(jax.random.key(batch), (batch, height, width, 3))
 
 
-@functools.partial(hasty_jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _run(graph, state, images, keys, train):
     model = nnx.merge(graph, state)
     logits = model.with_auxiliary(images, keys, train=train)
@@ -86,7 +85,7 @@ def test_every_parameter_receives_a_gradient(name):
     """Although every layer but the classifiers is followed by normalisation of the batch."""
     model = small_model(name)
 
-    @hasty_jit
+    @jax.jit
     @jax.grad
     def gradients(parameters, images):
         bound = bind(model, merge(parameters, get_statistics(model)))
@@ -242,7 +241,7 @@ class TestOptions:
 def test_initialisation_of_the_heads():
     """ConvModule's: kaiming normal by the outputs; normal(0.01) for the classifiers."""
 
-    @hasty_jit
+    @jax.jit
     def fresh(key):
         options = {"num_classes": 50, "dropout_site": 0, "axis": None, "dtype": jnp.float32, "rngs": nnx.Rngs(key)}
         decode_head = UperNet((8, 16, 32, 64), channels=64, **options)
@@ -270,7 +269,7 @@ def test_four_devices_train_as_one():
     model = small_model(drop_path=0.2)
     spread = small_model(drop_path=0.2, axis="data")
     one = run(model, images(8), keys, train=True)
-    called = hasty_jit(lambda images, keys: bind(model, get_weights(model))(images, keys, train=True))
+    called = jax.jit(lambda images, keys: bind(model, get_weights(model))(images, keys, train=True))
     np.testing.assert_allclose(called(images(8), keys), one[0], atol=1e-5)
 
     def step(weights, images, keys):

@@ -1,4 +1,4 @@
-"""Calls of modules that compile fast, for the parity tests."""
+"""Calls of modules that are compiled once, for the parity tests."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from flax import nnx
 
 from msvmamba_jax.models.backbone import Backbone, Block
 
-# Blocks of a stage are alike, so compile modules, not models; optimised code would take longer to make than it saves.
-HASTY = {"xla_backend_optimization_level": 0}
+# Blocks of a stage are alike, so compile modules, not models.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=HASTY)
-def _hasty_call(graph: nnx.GraphDef, method: str, state: nnx.State, *arguments: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_call(graph: nnx.GraphDef, method: str, state: nnx.State, *arguments: Any) -> Any:
     return getattr(nnx.merge(graph, state), method)(*arguments)
 
 
 def call(module: nnx.Module, *arguments: Any, method: str = "__call__") -> Any:
     """What the module's method gives, compiled once for all modules of its structure."""
     graph, state = nnx.split(module)
-    return _hasty_call(graph, method, state, *arguments)
+    return _compiled_call(graph, method, state, *arguments)
 
 
 def maps(backbone: Backbone, images: jax.Array) -> dict[str, jax.Array]:

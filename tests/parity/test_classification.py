@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import HASTY, call, maps, norm_as_recorded
+from modules import call, maps, norm_as_recorded
 
 from msvmamba_jax.convert.names import to_original, to_ours
 from msvmamba_jax.models.classifier import Classifier
@@ -115,7 +115,7 @@ def gradients(parity):
         targets = 0.9 * jax.nn.one_hot(labels, logits.shape[-1]) + 0.1 / logits.shape[-1]
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1)), logits
 
-    compute = jax.jit(jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True), compiler_options=HASTY)
+    compute = jax.jit(jax.value_and_grad(loss_and_logits, argnums=(0, 1), has_aux=True))
     (loss, logits), (parameters, images) = jax.device_get(compute(get_parameters(model), images))
     return loss, logits, images, to_original(dict(flatten(parameters)), "multi_scale")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from modules import HASTY, call, maps
+from modules import call, maps
 
 from msvmamba_jax.convert.names import to_original, to_ours
 from msvmamba_jax.models.detection.anchors import STRIDES, base_anchors, inside, level_of_anchors, pyramid_anchors
@@ -57,9 +57,8 @@ every_variant = pytest.mark.parametrize("variant", ["nano", "micro", "tiny"])
 nano_first = pytest.mark.parametrize(
     "variant", ["nano", pytest.param("micro", marks=pytest.mark.slow), pytest.param("tiny", marks=pytest.mark.slow)]
 )
-hasty_jit = functools.partial(jax.jit, compiler_options=HASTY)
-assign_jit = hasty_jit(assign, static_argnums=2)
-choose_jit = hasty_jit(choose_regions, static_argnums=3)
+assign_jit = jax.jit(assign, static_argnums=2)
+choose_jit = jax.jit(choose_regions, static_argnums=3)
 
 
 class Recording:
@@ -248,7 +247,7 @@ class TestProposals:
             "test": (TEST_LIMITS, "proposals/"),
             "training": (TRAINING_LIMITS, "train/rpn_proposals_"),
         }[kind]
-        propose_jit = hasty_jit(lambda x, y, size: propose(x, y, recording.sizes, size, limits))
+        propose_jit = jax.jit(lambda x, y, size: propose(x, y, recording.sizes, size, limits))
         found = jax.device_get(propose_jit(*recording.rpn, recording.image_size))
         boxes, scores = recording.arrays[f"{prefix}boxes"], recording.arrays[f"{prefix}scores"]
         assert found.valid.sum() == len(boxes)
@@ -266,7 +265,7 @@ def test_detections(recording, relative_error):
         jnp.ones((1, len(recording.arrays["proposals/boxes"])), bool),
     )
 
-    @hasty_jit
+    @jax.jit
     def run(weights, pyramid, proposals):
         return detect_in(bind(recording.model, weights), pyramid, proposals, recording.image_size, recording.scales)
 
@@ -328,7 +327,7 @@ class TestTargets:
         arrays = recording.arrays
         owner = jnp.asarray(arrays["train/roi_pos_assigned_gt"], jnp.int32)
         size = jnp.asarray(recording.about["meta"]["pad_shape"])
-        run = hasty_jit(mask_targets)
+        run = jax.jit(mask_targets)
         found = run(recording.truth.mask[0], jnp.asarray(arrays["train/roi_pos_priors"]), owner, size)
         np.testing.assert_array_equal(found, recording.masks("train/roi_mask_targets"))
 
@@ -349,7 +348,7 @@ def rpn_and_head_losses(model, pyramid, sizes, truth, proposals):
 def test_losses(recording, kind):
     """With the given proposals, and with the RPN's own."""
 
-    @hasty_jit
+    @jax.jit
     def run(weights, pyramid, truth, proposals):
         return rpn_and_head_losses(bind(recording.model, weights), pyramid, recording.sizes, truth, proposals)
 
@@ -376,7 +375,7 @@ def test_losses(recording, kind):
 def test_gradients(recording, relative_error, record_property):
     model = recording.model
 
-    @hasty_jit
+    @jax.jit
     @jax.value_and_grad
     def gradient(parameters, images, truth, proposals):
         bound = bind(model, parameters)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import HASTY, call, maps
+from modules import call, maps
 
 from msvmamba_jax.convert.names import has_counterpart, to_original, to_ours
 from msvmamba_jax.models.parameters import (
@@ -182,7 +182,7 @@ def test_a_step_of_batch_normalisation(recording, relative_error, record_propert
     features = [recording.features(image[None]) for image in recording.images(".batch", 2)]
     features = [jnp.concatenate(level) for level in zip(*features, strict=True)]
 
-    @functools.partial(jax.jit, compiler_options=HASTY)
+    @jax.jit
     def step(weights, features):
         model = bind(heads, weights)
         logits = model.decode_head(features, train=True)
@@ -207,7 +207,7 @@ def test_gradients(recording, relative_error, record_property):
     """The model as a whole, so it also shows that `Recording.found` is not a second definition of it."""
     model, statistics = recording.model, get_statistics(recording.model)
 
-    @functools.partial(jax.jit, compiler_options=HASTY)
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient(parameters, images, labels):
         outputs = bind(model, merge(parameters, statistics)).with_auxiliary(images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from modules import HASTY
 
 from msvmamba_jax.convert.names import to_ours
 from msvmamba_jax.data.segmentation_preprocessing import TTA_RATIOS, SegmentationPreprocessing, prepare_tta
@@ -43,10 +42,9 @@ def test_logits_of_every_view_and_their_average(recorded, model, images, relativ
     assert len(images) == len(TTA_RATIOS) == 6
     total = np.zeros((height, width, 150))
     for index, image in enumerate(images):
-        views = jax.jit(
-            lambda image: both_ways(model, normalise(image, SegmentationPreprocessing()), height, width),
-            compiler_options=HASTY,
-        )(image[None])
+        views = jax.jit(lambda image: both_ways(model, normalise(image, SegmentationPreprocessing()), height, width))(
+            image[None]
+        )
         for flip, [logits] in zip((False, True), views, strict=True):
             number = 2 * index + flip
             assert bool(recorded["flip"][number]) == flip

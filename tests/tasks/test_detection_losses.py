@@ -30,8 +30,6 @@ from msvmamba_jax.tasks.detection_losses import (
     rpn_losses,
 )
 
-hasty_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SIZES = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]  # of 64 x 96 pixels
 HEIGHT, WIDTH = 64, 96
 
@@ -72,7 +70,7 @@ class TestRPN:
     def run(self, truth, quota=QUOTA, keys=KEYS, sizes=SIZES, **outputs_of):
         logits = outputs_of.get("logits", outputs(2, ANCHORS))
         deltas = outputs_of.get("deltas", outputs(2, ANCHORS, 4, seed=2))
-        run = hasty_jit(lambda *x: rpn_losses(x[0], x[1], sizes, x[2], x[3], quota))
+        run = jax.jit(lambda *x: rpn_losses(x[0], x[1], sizes, x[2], x[3], quota))
         return jax.device_get(run(logits, deltas, truth, keys))
 
     def test_more_padding_of_the_ground_truth_changes_nothing(self):
@@ -119,7 +117,7 @@ def proposals(count: int = 60, padding: int = 0) -> Proposals:
     return Proposals(jnp.asarray(boxes, jnp.float32), jnp.ones(boxes.shape[:2]), valid)
 
 
-choose = hasty_jit(choose_regions, static_argnums=3)
+choose = jax.jit(choose_regions, static_argnums=3)
 
 
 class TestRegions:
@@ -174,7 +172,7 @@ class TestHeads:
         """And where a mask is all background the cost is the share of the foreground, up to the logits' size."""
         truth = ground_truth()
         first = jax.tree.map(lambda x: x[:, :8], regions)
-        run = hasty_jit(mask_loss)
+        run = jax.jit(mask_loss)
         flat = run(jnp.zeros((2, 8, 28, 28, 5)), first, truth)
         np.testing.assert_allclose(flat, np.log(2), rtol=1e-6)
         whole, none = (run(jnp.full((2, 8, 28, 28, 5), x), first, truth) for x in (50.0, -50.0))
@@ -183,7 +181,7 @@ class TestHeads:
 
     def test_only_the_layer_of_the_class_learns(self, regions):
         truth, first = ground_truth(), jax.tree.map(lambda x: x[:, :8], regions)
-        gradient = hasty_jit(jax.grad(mask_loss))(outputs(2, 8, 28, 28, 5), first, truth)
+        gradient = jax.jit(jax.grad(mask_loss))(outputs(2, 8, 28, 28, 5), first, truth)
         label = jnp.take_along_axis(truth.label, first.truth, 1)
         touched = jnp.any(gradient != 0, axis=(2, 3))
         np.testing.assert_array_equal(touched, label[..., None] == jnp.arange(5))
@@ -204,7 +202,7 @@ def loss(parameters, images, truth, keys):
 
 
 def test_all_losses():
-    total, metrics = hasty_jit(loss)(get_parameters(small_model()), IMAGES, ground_truth(), KEYS)
+    total, metrics = jax.jit(loss)(get_parameters(small_model()), IMAGES, ground_truth(), KEYS)
     parts = {name: value for name, value in metrics.items() if name.endswith("_loss")}
     assert parts.keys() == {"rpn_score_loss", "rpn_box_loss", "score_loss", "box_loss", "mask_loss"}
     np.testing.assert_allclose(sum(parts.values()), total, rtol=1e-6)
@@ -225,7 +223,7 @@ def test_a_training_step_on_two_devices():
     """Every parameter learns, what one device computes is computed, and no activation is exchanged."""
     step = jax.value_and_grad(loss, has_aux=True)
     arguments = get_parameters(small_model()), IMAGES, ground_truth(), KEYS
-    expected = jax.device_get(hasty_jit(step)(*arguments))
+    expected = jax.device_get(jax.jit(step)(*arguments))
     for path, gradient in flatten(expected[1]):
         assert np.isfinite(gradient).all(), path
         assert gradient.any(), path
@@ -233,7 +231,7 @@ def test_a_training_step_on_two_devices():
     mesh = Mesh(np.asarray(jax.devices()[:2]), "data")
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     arguments = jax.device_put(arguments, (whole, split, split, split))
-    compiled = hasty_jit(step, out_shardings=whole).lower(*arguments).compile()
+    compiled = jax.jit(step, out_shardings=whole).lower(*arguments).compile()
     text = compiled.as_text()
     assert "all-reduce" in text
     assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
