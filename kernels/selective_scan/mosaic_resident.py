@@ -217,6 +217,7 @@ class _Block:
         def wait() -> None:
             # In shared memory, so that no compiler finds that nobody needs the number.
             self._scratch["exchange"][0, 0] = lax.fori_loop(0, count, lambda _, x: 0.5 * x + 1.0, one)
+            plgpu.commit_smem()  # all threads have written before one needs the place
 
         pl.when(before < queue.blocks)(wait)
 
