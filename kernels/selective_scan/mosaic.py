@@ -88,7 +88,10 @@ def heuristic(problem: Problem, device: Device) -> Config:
         parts = max(1, min(wanted, problem.height * problem.width // (4 * _POSITIONS)))
     # Where blocks are to share, a single route counts as two: it rather keeps its stages than gets a second block.
     chained = dataclasses.replace(problem, routes=max(2, problem.routes))
-    for counted, share in ((chained, device.shared_memory // 2 - 1024), (problem, device.shared_memory)):
+    for counted, share in (
+        (chained, device.shared_memory // 2 - mosaic_block.RESERVED),
+        (problem, device.shared_memory),
+    ):
         for stages in (4, 3, 2):
             if _shared_bytes(counted, Config(stages, parts), device) <= share:
                 return Config(stages, parts)
@@ -103,7 +106,8 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
         words = 1 if problem.dtype == "bfloat16" else 2
         resident = mosaic_team.team_for(geometry, words, device) is not None
     else:
-        resident = _stays_small(problem, device) or _stays_resident(problem, device)
+        resident = _stays_resident(problem, device)
+        resident = resident or _stays_small(problem, device, resident)
     if resident:
         return [one]
     parts = {one.parts}
@@ -191,9 +195,10 @@ def _words_to_keep(inputs: ScanInputs, routes: tuple[Route, ...]) -> tuple[jax.A
 
     The forward mostly needs them, too, so that one program of XLA's less runs. Whether they are kept must not depend on
     the number of images, of which on several devices each has a part: so they are if a single image would need them.
-    Where nobody does in the end, XLA leaves them out.
+    Where nobody does in the end, XLA leaves them out, within a program.
     """
-    geometry = dataclasses.replace(_geometry_here(Problem.of("backward", inputs, routes), routes), batch=1)
+    problem = dataclasses.replace(Problem.of("backward", inputs, routes), batch=1)
+    geometry = _geometry(problem, routes, Config(stages=1, parts=1), local_device())
     if mosaic_team.team_for(geometry, mosaic_lines.words_of(inputs), local_device()) is None:
         return ()
     return (mosaic_lines.packed(inputs),)
@@ -214,11 +219,12 @@ def _forward_of_images(routes: tuple[Route, ...], save: bool, *arrays: jax.Array
     inputs, words = ScanInputs(*arrays[:7]), arrays[7:]
     problem = Problem.of("forward", inputs, routes)
     geometry = _geometry_here(problem, routes)
-    if _is_small(problem, geometry, local_device()):
+    alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
+    resident = alike and _stays_resident(problem, local_device())
+    if _is_small(problem, geometry, local_device(), resident):
         y, *states = mosaic_small.scan(geometry, _small_operands(inputs, geometry), save=save)
         return (y[..., : inputs.u.shape[-1]], *states)
-    alike = all(x.dtype == inputs.u.dtype for x in (inputs.delta, inputs.B, inputs.C))
-    if alike and _stays_resident(problem, local_device()):
+    if resident:
         lanes = geometry.channels + -geometry.channels % mosaic_resident.CHANNELS
         operands = _operands(inputs, geometry, _packed(inputs, words), lanes)
         y, *states = mosaic_resident.scan(geometry, operands, local_device(), save=save)
@@ -233,13 +239,15 @@ def _packed(inputs: ScanInputs, words: Sequence[jax.Array]) -> jax.Array:
     return words[0] if words else mosaic_lines.packed(inputs)
 
 
-def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device) -> bool:
+def _is_small(problem: Problem, geometry: mosaic_block.Geometry, device: Device, resident: bool) -> bool:
     """Whether `mosaic_small` takes a problem: only if states are kept for as many channels as one of its blocks has."""
-    return geometry.block == _BLOCK and _stays_small(problem, device)
+    return geometry.block == _BLOCK and _stays_small(problem, device, resident)
 
 
-def _stays_small(problem: Problem, device: Device) -> bool:
-    return mosaic_small.supports(problem, device.shared_memory) and mosaic_small.faster(problem, device)
+def _stays_small(problem: Problem, device: Device, resident: bool) -> bool:
+    """Whether that kernel is to take a problem; `resident`: that `mosaic_resident` would."""
+    supported = mosaic_small.supports(problem, device.shared_memory)
+    return supported and (mosaic_small.faster(problem, device) or not resident)
 
 
 def _stays_resident(problem: Problem, device: Device) -> bool:

@@ -35,6 +35,7 @@ _FOLDED = 8  # segments whose ends are loaded at a time
 ALIGNMENT = 1024  # bytes; where Mosaic GPU lets each buffer in shared memory begin
 _BARRIER = 8  # bytes
 _LARGEST_FLOAT16 = 65504.0
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
 ROW = 32  # floats; the copy engine is asked for multiples of 128 bytes
 
 

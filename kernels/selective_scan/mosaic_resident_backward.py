@@ -1,4 +1,4 @@
-"""The gradient of several routes over a map that is read from device memory once and stays in shared memory.
+"""The gradient, mostly of several routes, over a map that is read once and stays in shared memory.
 
 A block takes one image and a few channels. A warpgroup works on several lines (rows or columns) side by side, of which
 a thread takes one channel or two:
@@ -101,8 +101,8 @@ def on_the_map(geometry: Geometry, team: Team, dBC: jax.Array) -> tuple[jax.Arra
     """The gradients of B and C (b, h, w, 1), float32, from those of `scan_backward`, summed over blocks."""
     g = geometry
     box = team.box(g.height, g.width, g.dtype)
-    on_the_map = dBC.reshape(g.batch, -1, 2, *box)[..., : g.height, : g.width, None]
-    dB, dC = (jnp.sum(on_the_map[:, :, i], axis=1) for i in range(2))
+    by_place = dBC.reshape(g.batch, -1, 2, *box)[..., : g.height, : g.width, None]
+    dB, dC = (jnp.sum(by_place[:, :, i], axis=1) for i in range(2))
     return dB, dC
 
 

@@ -20,7 +20,6 @@ from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ALIGNMENT,
     COMPILER_PARAMETERS,
     THREADS,
-    WARPS,
     Geometry,
     Parameters,
     as_step,
@@ -72,17 +71,15 @@ def supports(problem: Problem, shared_memory: int) -> bool:
 
 
 def faster(problem: Problem, device: Device) -> bool:
-    """Whether `scan` is expected to need less time for a problem than the other kernels.
+    """Whether `scan` is expected to need less time for a problem than the other kernels, if these can take it.
 
     Measured. `mosaic_resident`, where warps share a path, takes less time along several routes if there are blocks for
-    an eighth of the multiprocessors at most, and along one if B and C would have to be filled up, see `flat`. It needs
-    a line for each warp.
+    an eighth of the multiprocessors at most, and along one if B and C would have to be filled up, see `flat`.
     """
     if problem.routes > 1:
         blocks = problem.batch * -(-problem.channels // THREADS)
         return 8 * blocks > device.multiprocessors
-    lines = min(problem.height, problem.width)
-    return problem.batch * problem.height * problem.width >= THREADS or lines < WARPS
+    return problem.batch * problem.height * problem.width >= THREADS
 
 
 def _shared_bytes(problem: Problem) -> int:

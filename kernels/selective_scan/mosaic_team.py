@@ -15,6 +15,7 @@ from msvmamba_jax.kernels.selective_scan.config import Device
 from msvmamba_jax.kernels.selective_scan.mosaic_block import (
     ALIGNMENT,
     COMPILER_PARAMETERS,
+    RESERVED,
     ROW,
     THREADS,
     WARPS,
@@ -25,12 +26,11 @@ from msvmamba_jax.kernels.selective_scan.routes import along_rows
 
 KEPT = 4  # values for each place
 _LONGEST = 32  # positions of a line: what is known of more does not fit in registers
-_LONG = 20  # positions of a line, or more
+_LONG = 20  # positions of the shorter lines from which on a single route is taken for fewer images only
 _MOST_ROUTES = 4  # likewise
 _BANKS = 128  # bytes that shared memory delivers at once, and a multiple of which the copy engine is asked for
 _SUMMED = 8  # channels that a thread sums up by itself, at most
 _BARRIERS = 4 * 8  # bytes
-_RESERVED = 1024  # bytes of shared memory that the system takes of each block
 
 
 class Layouts(NamedTuple):
@@ -135,7 +135,7 @@ def team_for(geometry: Geometry, words: int, device: Device) -> Team | None:
             for channels in (few, 2 * few)
             for warpgroups, padded in ((1, True), (2, False), (1, False))
         ]
-    half = shared_memory // 2 - _RESERVED
+    half = shared_memory // 2 - RESERVED
     fitting = (team for team in preferred if shared_bytes(g, team, words) <= (half if team.padded else shared_memory))
     return next((team for team in fitting if _possible(g, team)), None)
 
@@ -144,7 +144,7 @@ def _few(geometry: Geometry, device: Device) -> bool:
     """Whether blocks of 128 channels would leave some multiprocessors idle; as measured, most if lines are long."""
     g = geometry
     blocks = g.batch * -(-g.channels // THREADS)
-    return blocks < device.multiprocessors // (1 if min(g.height, g.width) < _LONG else 8)
+    return blocks * (1 if min(g.height, g.width) < _LONG else 8) < device.multiprocessors
 
 
 def _possible(geometry: Geometry, team: Team) -> bool:

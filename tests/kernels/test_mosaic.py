@@ -222,8 +222,9 @@ def test_lowers_for_cuda_without_a_gpu(case):
                 assert np.prod(result) < np.prod(shape), line
 
 
-@pytest.mark.parametrize("shape", [(14, 14, 128), (56, 56, 96), (9, 25, 128)])
-def test_what_is_kept_does_not_depend_on_the_batch(shape):
+@pytest.mark.parametrize("routes", [HALF, ("row",)])
+@pytest.mark.parametrize("shape", [(14, 14, 768), (28, 28, 384), (56, 56, 96), (9, 25, 128)])
+def test_what_is_kept_does_not_depend_on_the_batch(shape, routes):
     """On several devices XLA takes what each keeps for a part of what one would keep."""
 
     def kept(batch: int) -> list[tuple[tuple[int, ...], str]]:
@@ -231,9 +232,9 @@ def test_what_is_kept_does_not_depend_on_the_batch(shape):
         maps, small = spec((batch, *shape), "bfloat16"), spec((batch, *shape[:2], 1), "bfloat16")
         vector = spec(shape[-1:], "float32")
         inputs = ScanInputs(maps, maps, spec((shape[-1], 1), "float32"), small, small, vector, vector)
-        y, residuals = jax.eval_shape(functools.partial(mosaic.forward, routes=HALF), inputs)
+        y, residuals = jax.eval_shape(functools.partial(mosaic.forward, routes=routes), inputs)
         _, states, words = residuals
-        gradients = jax.eval_shape(functools.partial(mosaic._backward_of_images, HALF), *inputs, states, y, *words)
+        gradients = jax.eval_shape(functools.partial(mosaic._backward_of_images, routes), *inputs, states, y, *words)
         return [(x.shape[1:], x.dtype.name) for x in (y, states, *words, *gradients)]
 
     assert kept(1) == kept(16) == kept(256)

@@ -54,11 +54,16 @@ def test_leaves_others(shape, options):
         ((1, 7, 7, 768), 3, False),
         ((1, 7, 7, 1536), 1, False),
         ((4, 7, 7, 1536), 1, True),
-        ((1, 3, 7, 1536), 1, True),
     ],
 )
 def test_takes_over_where_it_measured_faster(shape, routes, faster):
     assert mosaic_small.faster(problem(*shape, routes=routes), H100) == faster
+
+
+def test_takes_what_the_resident_kernel_cannot():
+    few = problem(1, 7, 7, 1536, routes=1)
+    assert mosaic._stays_small(few, H100, resident=False)
+    assert not mosaic._stays_small(few, H100, resident=True)
 
 
 def test_two_blocks_share_a_multiprocessor():
