@@ -106,8 +106,7 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
         words = 1 if problem.dtype == "bfloat16" else 2
         resident = mosaic_team.team_for(geometry, words, device) is not None
     else:
-        resident = _stays_resident(problem, device)
-        resident = resident or _stays_small(problem, device, resident)
+        resident = _stays_resident(problem, device) or _stays_small(problem, device, resident=False)
     if resident:
         return [one]
     parts = {one.parts}

@@ -96,8 +96,7 @@ def _shared_bytes(problem: Problem) -> int:
     height, width = problem.height, problem.width
     axes: tuple[Route, ...] = ("row", "column")
     chunks = max(chunks_of_a_line(tiles(route, height, width, LONGEST_CHUNK)) for route in axes)
-    buffers = _buffers(height, width, jnp.dtype(problem.dtype), chunks)
-    return _bytes(buffers, height)
+    return _bytes(_buffers(height, width, jnp.dtype(problem.dtype), chunks), height)
 
 
 def _bytes(buffers: dict[str, Any], height: int) -> int:
@@ -176,7 +175,6 @@ def scan(geometry: Geometry, operands: Operands, device: Device, *, save: bool) 
         "map": plgpu.Barrier(num_arrivals=2, num_barriers=_padded(g.height) // _LINES),
         "BC ready": plgpu.Barrier(num_arrivals=1),
     }
-
     buffers = _buffers(g.height, g.width, g.dtype, chunks)
     queue = queue_for(g, _bytes(buffers, g.height), device)
 

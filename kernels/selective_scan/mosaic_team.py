@@ -26,8 +26,8 @@ from msvmamba_jax.kernels.selective_scan.routes import along_rows
 
 KEPT = 4  # values for each place
 _LONGEST = 32  # positions of a line: what is known of more does not fit in registers
-_LONG = 20  # positions of the shorter lines from which on a single route is taken for fewer images only
 _MOST_ROUTES = 4  # likewise
+_LONG = 20  # positions of the shorter lines from which on a single route is taken for fewer images only
 _BANKS = 128  # bytes that shared memory delivers at once, and a multiple of which the copy engine is asked for
 _SUMMED = 8  # channels that a thread sums up by itself, at most
 _BARRIERS = 4 * 8  # bytes

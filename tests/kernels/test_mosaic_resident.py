@@ -38,37 +38,28 @@ def test_leaves_others_to_the_tiled_kernel(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "faster"),
+    ("shape", "routes", "faster"),
     [
-        ((128, 28, 28, 192), True),
-        ((16, 28, 28, 192), True),
-        ((1, 28, 28, 192), False),
-        ((2, 32, 32, 384), False),
-        ((8, 32, 32, 384), True),
-        ((128, 14, 14, 384), True),
-        ((16, 14, 14, 384), True),
-        ((1, 14, 14, 384), True),
-        ((128, 7, 7, 768), False),
-        ((1, 7, 7, 768), True),
+        ((128, 28, 28, 192), 3, True),
+        ((16, 28, 28, 192), 3, True),
+        ((1, 28, 28, 192), 3, False),
+        ((2, 32, 32, 384), 3, False),
+        ((8, 32, 32, 384), 3, True),
+        ((128, 14, 14, 384), 3, True),
+        ((16, 14, 14, 384), 3, True),
+        ((1, 14, 14, 384), 3, True),
+        ((128, 7, 7, 768), 3, False),
+        ((1, 7, 7, 768), 3, True),
+        ((1, 14, 14, 768), 1, True),
+        ((16, 14, 14, 768), 1, True),
+        ((32, 14, 14, 768), 1, False),
+        ((1, 28, 28, 384), 1, False),
+        ((8, 28, 28, 384), 1, True),
+        ((128, 28, 28, 384), 1, False),
     ],
 )
-def test_takes_over_where_it_measured_faster(shape, faster):
-    assert mosaic_resident.faster(problem(*shape), H100) == faster
-
-
-@pytest.mark.parametrize(
-    ("shape", "faster"),
-    [
-        ((1, 14, 14, 768), True),
-        ((16, 14, 14, 768), True),
-        ((32, 14, 14, 768), False),
-        ((1, 28, 28, 384), False),
-        ((8, 28, 28, 384), True),
-        ((128, 28, 28, 384), False),
-    ],
-)
-def test_takes_a_single_route_of_few_images(shape, faster):
-    assert mosaic_resident.faster(problem(*shape, routes=1), H100) == faster
+def test_takes_over_where_it_measured_faster(shape, routes, faster):
+    assert mosaic_resident.faster(problem(*shape, routes=routes), H100) == faster
 
 
 def test_two_blocks_share_a_multiprocessor():
@@ -127,6 +118,7 @@ def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
         (2, 9, 11, 20),
         (2, 9, 20, 96),  # rows of two chunks, columns of one
         (2, 20, 9, 96),
+        (2, 8, 4, 8),  # a column has as many bytes as the channels of a block
     ],
 )
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
