@@ -235,17 +235,18 @@ class _Block:
 
         def group(number: Any, carry: Any) -> Any:
             if self._team.padded:
-                first, some = number * at_once, g.height % at_once
-                counts = first + row < g.height
+                start, some = (number * warpgroups + self._warpgroup) * at_once, g.height % at_once
+                counts = start + row < g.height
             else:
                 first, some = jnp.minimum(number * at_once, own - at_once), own % at_once
                 counts = first + row >= number * at_once
+                start = self._warpgroup * own + first
                 if some:
                     plgpu.commit_smem()  # whoever had these rows in the last group is done with them
-            lines = _Lines(True, self._warpgroup * own + first, at_once, g.width)
+            lines = _Lines(True, start, at_once, g.width)
             return body(lines, counts if some else None, carry)
 
-        return lax.fori_loop(0, -(-own // at_once), group, carry)
+        return lax.fori_loop(0, -(-g.height // (warpgroups * at_once)), group, carry)
 
     def _along_columns(self, body: Callable[[_Lines, Any], Any], carry: Any) -> Any:
         """Calls `body` with a group of columns after the other, of which some may be outside the map, and the carry."""

@@ -68,7 +68,7 @@ class Team(NamedTuple):
         If a warp works on several rows, the number of columns is odd, so that these begin in different places of shared
         memory. Mosaic GPU does not store them otherwise.
         """
-        rows = height + -height % self.lines if self.padded else height
+        rows = height + -height % (self.lines * self.warpgroups) if self.padded else height
         rows += -rows % max(1, _BANKS // (self.channels * jnp.dtype(dtype).itemsize))
         columns = width + -width % self.lines
         return rows, columns + (self.lines > WARPS and columns % 2 == 0)
@@ -111,6 +111,9 @@ def team_for(geometry: Geometry, words: int, device: Device) -> Team | None:
     fit on a multiprocessor, there is room for rows outside the map; if only one does, there is none, and two
     warpgroups share the rows if there are enough of them.
 
+    If there are multiprocessors enough for it, a block of bfloat16 maps takes half as many channels, and so twice as
+    many lines side by side.
+
     A single route, along which a map passes but once anyway, is taken if images and channels are few.
 
     Args:
@@ -135,9 +138,15 @@ def team_for(geometry: Geometry, words: int, device: Device) -> Team | None:
             for channels in (few, 2 * few)
             for warpgroups, padded in ((1, True), (2, False), (1, False))
         ]
-    half = shared_memory // 2 - RESERVED
-    fitting = (team for team in preferred if shared_bytes(g, team, words) <= (half if team.padded else shared_memory))
-    return next((team for team in fitting if _possible(g, team)), None)
+    fewer = preferred[0].channels // 2
+    if longest > 4 and g.dtype == jnp.bfloat16 and g.batch * -(-g.channels // fewer) <= device.multiprocessors:
+        preferred.insert(0, Team(fewer, 1, 2 if longest > THREADS // fewer else 1, padded=True))
+
+    def fits(team: Team) -> bool:
+        shared = team.padded and team.warpgroups == 1
+        return shared_bytes(g, team, words) <= (shared_memory // 2 - RESERVED if shared else shared_memory)
+
+    return next((team for team in preferred if fits(team) and _possible(g, team)), None)
 
 
 def _few(geometry: Geometry, device: Device) -> bool:

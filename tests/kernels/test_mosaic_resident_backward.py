@@ -5,6 +5,7 @@ On a GPU, `test_selective_scan.py` runs it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -40,7 +41,7 @@ def geometry(shape, dtype="bfloat16", routes=HALF, states=1, delta_dtype=None):
 
 def team(shape, dtype="bfloat16", routes=HALF, *, words=None, **options) -> Team | None:
     words = words or (1 if dtype == "bfloat16" else 2)
-    return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, H100)
+    return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, mosaic.local_device())
 
 
 def shared_bytes(shape, dtype) -> int:
@@ -55,12 +56,18 @@ def shared_bytes(shape, dtype) -> int:
         ((128, 28, 28, 192), "float32", Team(8, 1, 1, padded=False)),
         ((128, 14, 14, 384), "bfloat16", Team(16, 1, 1, padded=True)),
         ((128, 14, 14, 384), "float32", Team(8, 1, 1, padded=True)),
-        ((1, 7, 7, 768), "bfloat16", Team(32, 1, 1, padded=True)),
+        ((128, 7, 7, 768), "bfloat16", Team(32, 1, 1, padded=True)),
         ((128, 7, 7, 768), "float32", Team(32, 1, 1, padded=True)),
         ((128, 4, 4, 1536), "bfloat16", Team(64, 2, 1, padded=True)),
         ((128, 4, 4, 1536), "float32", Team(32, 1, 1, padded=True)),
         ((1, 1, 2, 3), "bfloat16", Team(64, 2, 1, padded=True)),
-        ((2, 17, 21, 24), "bfloat16", Team(16, 1, 1, padded=False)),  # rows that two warpgroups cannot share
+        ((128, 17, 21, 24), "bfloat16", Team(16, 1, 1, padded=False)),  # rows that two warpgroups cannot share
+        ((5, 28, 28, 192), "bfloat16", Team(8, 1, 2, padded=True)),  # multiprocessors enough for blocks of few channels
+        ((6, 28, 28, 192), "bfloat16", Team(16, 1, 2, padded=False)),
+        ((1, 28, 28, 192), "float32", Team(8, 1, 1, padded=False)),
+        ((1, 14, 14, 384), "bfloat16", Team(8, 1, 1, padded=True)),
+        ((1, 7, 7, 768), "bfloat16", Team(16, 1, 1, padded=True)),
+        ((1, 7, 7, 768), "float32", Team(32, 1, 1, padded=True)),
     ],
 )
 def test_takes_small_maps_of_several_routes(shape, dtype, expected):
@@ -77,8 +84,8 @@ def test_takes_small_maps_of_several_routes(shape, dtype, expected):
         ((2, 7, 7, 192), {"delta_dtype": "float32"}),
         ((2, 4, 33, 192), {}),
         ((2, 13, 21, 192), {}),  # rows are cut into chunks, columns are not
-        ((2, 7, 8, 32), {}),  # the box of a map is contiguous in memory, and holds a row more
-        ((2, 28, 28, 192), {"words": 2}),  # float32 B and C, for which there is no room beside bfloat16 maps
+        ((128, 7, 8, 32), {}),  # the box of a map is contiguous in memory, and holds a row more
+        ((128, 28, 28, 192), {"words": 2}),  # float32 B and C, for which there is no room beside bfloat16 maps
         ((2, 7, 7, 192), {"routes": ("row", "column") * 3}),
     ],
     ids=[
@@ -135,7 +142,7 @@ def test_boxes():
             assert rows * columns * found.channels * jnp.dtype(dtype).itemsize % 128 == 0
             assert columns >= width + -width % found.lines
             assert rows >= height
-            assert rows % found.lines == 0 or not found.padded
+            assert rows % (found.lines * found.warpgroups) == 0 or not found.padded
             starts = {
                 line * columns * found.channels * jnp.dtype(dtype).itemsize % 128 for line in range(found.lines // 4)
             }
@@ -171,7 +178,8 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
         ((2, 5, 12, 12), ALL),  # channels that do not fill 16 bytes
         ((2, 9, 5, 40), ("row", "row_reversed")),
         ((2, 5, 9, 40), ("column", "column_reversed")),
-        ((2, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
+        ((128, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
+        ((1, 20, 31, 24), HALF),  # likewise of rows, of fewer channels
         ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
         ((2, 17, 18, 24), HALF),  # whose rows are no multiple of 128 bytes
         ((1, 14, 14, 768), ("row",)),
@@ -195,7 +203,8 @@ def test_float32_b_and_c_beside_bfloat16_maps_lower(random_inputs):
 
 
 @pytest.mark.parametrize(
-    "found", [Team(16, 1, 2, padded=False), Team(8, 1, 1, padded=True), Team(64, 2, 1, padded=True)]
+    "found",
+    [Team(16, 1, 2, padded=False), Team(8, 1, 1, padded=True), Team(64, 2, 1, padded=True), Team(8, 1, 2, padded=True)],
 )
 @pytest.mark.parametrize("places", [16, 56, 272, 924])
 def test_all_places_are_summed_up(found, places):
@@ -235,12 +244,13 @@ def sums_that_can_be_interpreted(monkeypatch):
     [
         ((2, 3, 4, 72), HALF, "bfloat16", Team(64, 2, 1, padded=True)),  # a row outside the map, two channels at once
         ((1, 6, 7, 40), HALF, "float32", Team(32, 1, 1, padded=True)),
-        ((1, 11, 9, 20), ALL, "bfloat16", Team(16, 1, 1, padded=True)),
+        ((1, 11, 9, 20), ALL, "bfloat16", Team(8, 1, 1, padded=True)),
         ((1, 9, 5, 16), ("row", "row_reversed"), "float32", Team(8, 1, 1, padded=True)),
         ((1, 5, 9, 16), ("column", "column_reversed"), "float32", Team(8, 1, 1, padded=True)),
-        ((1, 20, 17, 24), HALF, "bfloat16", Team(16, 1, 2, padded=False)),  # rows that come twice, chunks of lines
+        ((1, 20, 17, 24), HALF, "bfloat16", Team(8, 1, 2, padded=True)),  # chunks of lines
+        ((2, 20, 17, 24), HALF, "bfloat16", Team(16, 1, 2, padded=False)),  # rows that come twice
         ((1, 17, 18, 8), HALF, "float32", Team(8, 1, 1, padded=False)),
-        ((1, 10, 6, 16), ("row_reversed",), "bfloat16", Team(16, 1, 1, padded=True)),
+        ((1, 10, 6, 16), ("row_reversed",), "bfloat16", Team(8, 1, 1, padded=True)),
         ((1, 6, 10, 16), ("column",), "float32", Team(8, 1, 1, padded=True)),
     ],
     ids=[
@@ -250,6 +260,7 @@ def sums_that_can_be_interpreted(monkeypatch):
         "rows",
         "columns",
         "two warpgroups",
+        "fewer multiprocessors",
         "rows that come twice",
         "one along rows",
         "one along columns",
@@ -267,6 +278,8 @@ def test_interpreted_kernel(
     expected,
 ):
     """All gradients against xla, from states before chunks that were worked out position by position."""
+    if len(routes) > 1:  # blocks for five multiprocessors at most have half as many channels
+        monkeypatch.setattr(mosaic, "local_device", lambda: dataclasses.replace(H100, multiprocessors=5))
     assert team(shape, dtype, routes) == expected
     inputs = random_inputs(shape, dtype)
     y, residuals = xla.forward(inputs, routes)
