@@ -112,7 +112,7 @@ def team_for(geometry: Geometry, words: int, device: Device) -> Team | None:
     warpgroups share the rows if there are enough of them.
 
     If there are multiprocessors enough for it, a block of bfloat16 maps takes half as many channels, and so twice as
-    many lines side by side.
+    many lines side by side; then there is room for rows outside the map even if only one block fits.
 
     A single route, along which a map passes but once anyway, is taken if images and channels are few.
 

@@ -176,12 +176,16 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
         ((128, 7, 7, 768), HALF),
         ((128, 4, 4, 1536), HALF),
         ((2, 5, 12, 12), ALL),  # channels that do not fill 16 bytes
+        ((128, 5, 12, 12), ALL),
         ((2, 9, 5, 40), ("row", "row_reversed")),
+        ((128, 9, 5, 40), ("row", "row_reversed")),
         ((2, 5, 9, 40), ("column", "column_reversed")),
+        ((128, 5, 9, 40), ("column", "column_reversed")),
         ((128, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
         ((1, 20, 31, 24), HALF),  # likewise of rows, of fewer channels
         ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
         ((2, 17, 18, 24), HALF),  # whose rows are no multiple of 128 bytes
+        ((128, 17, 18, 24), HALF),
         ((1, 14, 14, 768), ("row",)),
     ],
 )
@@ -194,8 +198,8 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes
 
 
 def test_float32_b_and_c_beside_bfloat16_maps_lower(random_inputs):
-    for side in (14, 28):
-        inputs = random_inputs((1, side, side, 16), "bfloat16")
+    for images, side in itertools.product((1, 128), (14, 28)):
+        inputs = random_inputs((images, side, side, 16), "bfloat16")
         inputs = inputs._replace(B=inputs.B.astype(jnp.float32), C=inputs.C.astype(jnp.float32))
         y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
         backward = jax.jit(functools.partial(mosaic._backward_of_images, HALF))
@@ -259,8 +263,8 @@ def sums_that_can_be_interpreted(monkeypatch):
         "all routes",
         "rows",
         "columns",
+        "two warpgroups of few channels",
         "two warpgroups",
-        "fewer multiprocessors",
         "rows that come twice",
         "one along rows",
         "one along columns",
