@@ -97,19 +97,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines)
 
 
-def keep_compiled_programs() -> None:
-    """On a GPU, keeps compiled programs for the next start, in `~/.cache/msvmamba_jax`: compiling takes minutes there.
-
-    Where JAX_COMPILATION_CACHE_DIR says where to keep them, or that they are not to be kept (empty), nothing changes.
-    """
-    import jax
-
-    if jax.default_backend() != "gpu" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msvmamba_jax"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
 def check_writable(path: str | Path) -> None:
     """Checks before long work that a file can be written when it is done.
 

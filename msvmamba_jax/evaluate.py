@@ -43,12 +43,13 @@ def _main() -> None:
     from msvmamba_jax.data.pipeline import evaluation_batches, plan_evaluation
     from msvmamba_jax.errors import InputError
     from msvmamba_jax.models.parameters import count, get_parameters, get_weights
+    from msvmamba_jax.programs import keep_compiled_programs
     from msvmamba_jax.tasks.registry import task_of_checkpoint
     from msvmamba_jax.training.evaluation import evaluate, evaluation_batch_size
     from msvmamba_jax.training.parallelism import make_layout
     from msvmamba_jax.training.step import predict_step
 
-    command.keep_compiled_programs()
+    keep_compiled_programs()
     config = _CONFIG.value
     folder = find_checkpoint(_CHECKPOINT.value)
     dataset = load_dataset(config.data)

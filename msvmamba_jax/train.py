@@ -29,12 +29,13 @@ flags.mark_flag_as_required("config")
 
 def _main() -> int | None:
     from msvmamba_jax.data.datasets import load_dataset
+    from msvmamba_jax.programs import keep_compiled_programs
     from msvmamba_jax.tasks.registry import make_task
     from msvmamba_jax.training.loop import train
     from msvmamba_jax.training.processes import join, together
 
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    command.keep_compiled_programs()
+    keep_compiled_programs()
     config = _CONFIG.value
     with together():
         dataset = load_dataset(config.data)

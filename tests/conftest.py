@@ -1,4 +1,4 @@
-"""What all tests share: strict dtypes, four devices on any machine, and the outputs recorded from the original."""
+"""Settings and fixtures of all tests: strict dtypes, four devices, one cache of compiled programs, the recordings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from msvmamba_jax.programs import half_of_the_memory_maps_are_taken
+from msvmamba_jax.models import depthwise
+from msvmamba_jax.programs import cache_folder, half_of_the_memory_maps_are_taken
+
+# One cache for all workers, for the commands that tests start, and for later runs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / "tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 if not Path("/dev/nvidiactl").exists():
     # For CPUs: half the time to compile, and what is compiled here runs but a few times. Commands inherit it.
@@ -23,6 +30,17 @@ if not Path("/dev/nvidiactl").exists():
 jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs round float32 factors to 10 bits otherwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # an accidental float32 in a bfloat16 model is an error
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled_convolutions(request, monkeypatch):
+    """On a CPU, XLA's grouped convolution runs for longer than the sum of shifted maps but compiles in less time.
+
+    Tests marked `shifted_sums` use what users get.
+    """
+    if not request.node.get_closest_marker("shifted_sums"):
+        monkeypatch.setattr(depthwise, "_shifted_sum", depthwise._grouped_conv)
+        monkeypatch.setattr(depthwise, "_shifted_sum_vjp", depthwise._grouped_conv_vjp)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -137,14 +137,14 @@ def files(wheel) -> list[str]:
         return archive.namelist()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_wheel_has_two_folders(wheel, files):
     name, version, *_ = wheel.name.split("-")
     assert name == "msvmamba_jax"
     assert {file.split("/")[0] for file in files} == {"msvmamba_jax", f"msvmamba_jax-{version}.dist-info"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_wheel_holds_every_source_file(files):
     expected = {str(path.relative_to(ROOT)) for path in sources("msvmamba_jax")}
     for room in ROOMS:
@@ -181,7 +181,7 @@ print(json.dumps(report))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_wheel_in_an_empty_environment(wheel, tmp_path):
     """With nothing but its own dependencies, from a folder that has nothing to do with the checkout."""
     venv.create(tmp_path / "env", with_pip=True)

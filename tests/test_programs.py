@@ -1,15 +1,68 @@
-"""Programs for one shape after the other are forgotten before the process has no place for them."""
+"""Compiled programs are kept between processes, and forgotten before a process has no place for more."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from msvmamba_jax import programs
-from msvmamba_jax.programs import ManyShapes, half_of_the_memory_maps_are_taken
+from msvmamba_jax.programs import ManyShapes, half_of_the_memory_maps_are_taken, keep_compiled_programs
 from msvmamba_jax.training.parallelism import make_layout
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/cache"}, "/cache/msvmamba_jax"),
+        ({"XDG_CACHE_HOME": ""}, str(Path.home() / ".cache" / "msvmamba_jax")),
+        ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, None),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, None),
+    ],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, environment, folder):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    assert (found and str(Path(found).parent)) == folder
+
+
+def test_a_folder_that_was_chosen_already_stays():
+    before = jax.config.jax_compilation_cache_dir
+    assert before  # the tests' own
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_programs_are_kept_after_others_were_compiled_without_a_cache(tmp_path):
+    program = """
+import jax, jax.numpy as jnp
+from pathlib import Path
+from msvmamba_jax.programs import keep_compiled_programs
+jnp.arange(7).sum()
+keep_compiled_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x * 3)(jnp.ones(5))
+assert any(Path(jax.config.jax_compilation_cache_dir).iterdir())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def traced_function():

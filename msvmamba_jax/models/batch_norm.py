@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.depthwise import accumulator_dtype
+from msvmamba_jax.models.initializers import constant
 
 
 class BatchNorm(nnx.Module):
@@ -27,10 +29,10 @@ class BatchNorm(nnx.Module):
     MOMENTUM = 0.1  # weight of the new batch in the running statistics
 
     def __init__(self, features: int, *, axis: str | None, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
-        self.mean = nnx.BatchStat(jnp.zeros(features))
-        self.var = nnx.BatchStat(jnp.ones(features))
+        self.scale = nnx.Param(constant(np.ones(features)))
+        self.bias = nnx.Param(constant(np.zeros(features)))
+        self.mean = nnx.BatchStat(constant(np.zeros(features)))
+        self.var = nnx.BatchStat(constant(np.ones(features)))
         self.axis = axis
         self.dtype = dtype
 

@@ -5,37 +5,26 @@ Parameters are float32; `dtype` is the dtype of the computation. Statistics of n
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.models.depthwise import accumulator_dtype, depthwise_conv
-
-linear_init = nnx.initializers.normal(0.02)
-
-
-def uniform_init(fan_in: int) -> nnx.Initializer:
-    """PyTorch's default for convolutions and linear layers, kernel and bias alike: U(-1, 1) / sqrt(fan_in)."""
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **_: object) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+from msvmamba_jax.models.initializers import constant, normal, uniform_fan_in, zeros
 
 
 def linear(inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer with the original's initialisation: normal(0.02), zero bias."""
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=linear_init, dtype=dtype, rngs=rngs)
+    init = normal(0.02)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, bias_init=zeros, dtype=dtype, rngs=rngs)
 
 
 def pointwise_conv(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """A 1x1 convolution: a linear layer with a convolution's initialisation."""
-    init = uniform_init(inputs)
+    init = uniform_fan_in(inputs)
     return nnx.Linear(inputs, outputs, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
 
@@ -48,8 +37,8 @@ class LayerNorm(nnx.Module):
     EPSILON = 1e-5
 
     def __init__(self, features: int, *, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.scale = nnx.Param(constant(np.ones(features)))
+        self.bias = nnx.Param(constant(np.zeros(features)))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,7 +56,7 @@ class DepthwiseConv(nnx.Module):
     """Depthwise k x k convolution with bias; `kernel` (k, k, d), `bias` (d,)."""
 
     def __init__(self, features: int, size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = uniform_init(size * size)
+        init = uniform_fan_in(size * size)
         self.kernel = nnx.Param(init(rngs.params(), (size, size, features)))
         self.bias = nnx.Param(init(rngs.params(), (features,)))
         self.stride = stride

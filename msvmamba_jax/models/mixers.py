@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.kernels.selective_scan import Route, selective_scan_2d
 from msvmamba_jax.models.depthwise import accumulator_dtype
-from msvmamba_jax.models.layers import DepthwiseConv, LayerNorm, linear, uniform_init
+from msvmamba_jax.models.initializers import constant, step_bias, uniform_fan_in
+from msvmamba_jax.models.layers import DepthwiseConv, LayerNorm, linear
 from msvmamba_jax.models.resize import resize_bilinear
 
 FULL_ROUTES: tuple[Route, ...] = ("row",)
@@ -45,12 +47,12 @@ class SelectiveSSM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.projection = nnx.Linear(
-            features, rank + 2 * states, use_bias=False, kernel_init=uniform_init(features), dtype=dtype, rngs=rngs
+            features, rank + 2 * states, use_bias=False, kernel_init=uniform_fan_in(features), dtype=dtype, rngs=rngs
         )
-        self.delta_kernel = nnx.Param(uniform_init(rank)(rngs.params(), (rank, features)))
-        self.delta_bias = nnx.Param(_delta_bias(rngs.params(), features))
-        self.A_log = nnx.Param(jnp.log(jnp.broadcast_to(jnp.arange(1.0, states + 1), (features, states))))
-        self.D = nnx.Param(jnp.ones(features))
+        self.delta_kernel = nnx.Param(uniform_fan_in(rank)(rngs.params(), (rank, features)))
+        self.delta_bias = nnx.Param(step_bias(MIN_STEP, MAX_STEP)(rngs.params(), (features,)))
+        self.A_log = nnx.Param(constant(np.tile(np.log(np.arange(1, states + 1)), (features, 1))))
+        self.D = nnx.Param(constant(np.ones(features)))
         self.routes = routes
         self.states = states
         self.rank = rank
@@ -159,13 +161,6 @@ class CrossScanMixer(nnx.Module):
         outputs = [ssm(x)[:, 0] for ssm in self.ssms]
         y = self.out_norm(sum(outputs[1:], outputs[0]))
         return self.out_projection(y * jax.nn.silu(z))
-
-
-def _delta_bias(key: jax.Array, features: int) -> jax.Array:
-    """Inverse softplus of step sizes that are log-uniform between MIN_STEP and MAX_STEP."""
-    low, high = math.log(MIN_STEP), math.log(MAX_STEP)
-    step = jnp.exp(jax.random.uniform(key, (features,), jnp.float32, low, high))
-    return step + jnp.log(-jnp.expm1(-step))
 
 
 def _mean_over_positions(x: jax.Array) -> jax.Array:

@@ -11,13 +11,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from msvmamba_jax.models.batch_norm import BatchNorm
+from msvmamba_jax.models.initializers import kaiming_normal, normal, zeros
 from msvmamba_jax.models.layers import ChannelDropout
 from msvmamba_jax.models.resize import adaptive_average_pool, resize_bilinear
 
 BINS = (1, 2, 3, 6)
 DROPOUT = 0.1
-
-kernel_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ConvUnit(nnx.Module):
@@ -25,7 +24,7 @@ class ConvUnit(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: int, *, axis: str | None, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = (inputs, outputs) if size == 1 else (size, size, inputs, outputs)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
+        self.kernel = nnx.Param(kaiming_normal(size * size * outputs)(rngs.params(), shape))
         self.bn = BatchNorm(outputs, axis=axis, dtype=dtype)
         self.dtype = dtype
 
@@ -134,5 +133,5 @@ class AuxiliaryHead(nnx.Module):
 
 def classifier(channels: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """A 1x1 convolution in float32, initialised with normal(0.01) and zero bias."""
-    init = nnx.initializers.normal(0.01)
-    return nnx.Linear(channels, num_classes, kernel_init=init, dtype=jnp.float32, rngs=rngs)
+    init = normal(0.01)
+    return nnx.Linear(channels, num_classes, kernel_init=init, bias_init=zeros, dtype=jnp.float32, rngs=rngs)

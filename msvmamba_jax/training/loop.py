@@ -20,7 +20,7 @@ from msvmamba_jax.checkpoint import KINDS, Weights
 from msvmamba_jax.data.pipeline import Dataset, train_batches, unused_records
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.kernels.selective_scan import preferred_implementation
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, count, flatten, get_weights
+from msvmamba_jax.models.parameters import SHAPE_KEYS, Tree, abstract_model, bind, count, flatten, get_weights
 from msvmamba_jax.tasks.base import Task
 from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.durations import Clock, make_clock
@@ -30,7 +30,7 @@ from msvmamba_jax.training.optimizer import adamw, peak_rate, schedule_of, warmu
 from msvmamba_jax.training.parallelism import make_layout
 from msvmamba_jax.training.pretrained import find_pretrained, with_pretrained
 from msvmamba_jax.training.processes import is_main, largest, together
-from msvmamba_jax.training.step import initial_state, predict_step, train_step, weights_of
+from msvmamba_jax.training.step import State, initial_state, predict_step, train_step, weights_of
 from msvmamba_jax.training.watching import Interval, Profile
 
 _ASK_EVERY = 16  # steps between two questions to the other processes whether to stop
@@ -103,9 +103,8 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
         freeze_backbone=config.freeze_backbone,
     )
 
-    def init() -> dict[str, Any]:
-        built = task.description.build(rngs=nnx.Rngs(config.seed), **options)
-        return initial_state(built, optimizer, ema=bool(config.ema_decay))
+    def init(weights: Tree) -> State:
+        return initial_state(bind(model, weights), optimizer, ema=bool(config.ema_decay))
 
     # Resume: the latest checkpoint in the workdir, or a fresh start.
     pretrained = None
@@ -118,7 +117,10 @@ def train(config: Any, task: Task, dataset: Dataset, workdir: Path) -> int | Non
             raise InputError(f"cannot make the folder {workdir}: {error.strerror or error}") from error
     checkpoints = RunCheckpoints(workdir, task.description)
     start = checkpoints.latest_step() or 0
-    state = checkpoints.restore(layout.abstract(init)) if start else layout.create(init)
+    if start:
+        state = checkpoints.restore(layout.abstract(init, get_weights(model)))
+    else:
+        state = layout.create(init, get_weights(task.description.build(rngs=nnx.Rngs(config.seed), **options)))
     if pretrained is not None:
         state = with_pretrained(state, pretrained, workdir)
     if is_main():

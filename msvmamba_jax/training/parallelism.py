@@ -32,10 +32,10 @@ class Layout(Protocol):
     def processes(self) -> int:
         """How many processes there are, each of which puts its rows of a batch."""
 
-    def create(self, init: Callable[[], Any]) -> Any:
-        """The state that `init` (traceable) returns, made in place on the devices."""
+    def create(self, init: Callable[[Any], Any], weights: Any) -> Any:
+        """The state `init(weights)` on the devices; `init` must be traceable."""
 
-    def abstract(self, init: Callable[[], Any]) -> Any:
+    def abstract(self, init: Callable[[Any], Any], weights: Any) -> Any:
         """Shapes, dtypes and shardings of that state, for a restore straight into place."""
 
     def compile_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,13 +76,13 @@ class JitLayout:
         fsdp = self.mesh.shape["fsdp"]
         return jax.tree.map(lambda x: NamedSharding(self.mesh, state_spec(np.shape(x), fsdp)), tree)
 
-    def create(self, init: Callable[[], Any]) -> Any:
+    def create(self, init: Callable[[Any], Any], weights: Any) -> Any:
         """See `Layout`."""
-        return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init)))()
+        return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init, weights)))(self.place(weights))
 
-    def abstract(self, init: Callable[[], Any]) -> Any:
+    def abstract(self, init: Callable[[Any], Any], weights: Any) -> Any:
         """See `Layout`."""
-        shapes = jax.eval_shape(init)
+        shapes = jax.eval_shape(init, weights)
         return jax.tree.map(_abstract, shapes, self.shardings(shapes))
 
     def compile_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,13 +130,13 @@ class PmapLayout:
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, P())
 
-    def create(self, init: Callable[[], Any]) -> Any:
+    def create(self, init: Callable[[Any], Any], weights: Any) -> Any:
         """See `Layout`."""
-        return jax.jit(init, out_shardings=self._replicated())()
+        return jax.jit(init, out_shardings=self._replicated())(self.place(weights))
 
-    def abstract(self, init: Callable[[], Any]) -> Any:
+    def abstract(self, init: Callable[[Any], Any], weights: Any) -> Any:
         """See `Layout`."""
-        return jax.tree.map(lambda x: _abstract(x, self._replicated()), jax.eval_shape(init))
+        return jax.tree.map(lambda x: _abstract(x, self._replicated()), jax.eval_shape(init, weights))
 
     def compile_train(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """See `Layout`."""

@@ -176,27 +176,6 @@ def test_storage_problems_deep_inside(capsys, number, part):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "environment", "expected"),
-    [
-        ("gpu", {"XDG_CACHE_HOME": "/cache"}, "/cache/msvmamba_jax"),
-        ("gpu", {"XDG_CACHE_HOME": ""}, str(Path.home() / ".cache" / "msvmamba_jax")),
-        ("gpu", {"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, None),
-        ("gpu", {"JAX_COMPILATION_CACHE_DIR": ""}, None),
-        ("cpu", {}, None),
-    ],
-)
-def test_compiled_programs_are_kept_on_gpus(monkeypatch, backend, environment, expected):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    updates = {}
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    command.keep_compiled_programs()
-    assert updates.get("jax_compilation_cache_dir") == expected
-
-
 # convert
 
 

@@ -107,7 +107,7 @@ def test_exact_evaluation_counts_every_pixel_once(exact, scenes, trained):
     assert [line.split()[0] for line in table[1:]] == [name.split()[0] for name in names]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_buckets_and_views_come_close(call, scenes, trained, tmp_path, exact):
     for name, option in (("bucket", "--config.data.bucket=16"), ("tta", "--config.data.tta=true")):
         report = tmp_path / f"{name}.json"

@@ -262,7 +262,7 @@ def test_initialisation_of_the_heads():
             assert (x == path.endswith("scale")).all(), path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_devices_train_as_one():
     """Under `pmap` each device sees two of eight images."""
     keys = jax.random.split(jax.random.key(1), 8)

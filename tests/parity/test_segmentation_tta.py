@@ -36,7 +36,7 @@ def images(recorded):
     return prepare_tta(recorded["raw"][..., ::-1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logits_of_every_view_and_their_average(recorded, model, images, relative_error):
     height, width = recorded["raw"].shape[:2]
     assert len(images) == len(TTA_RATIOS) == 6

@@ -275,7 +275,7 @@ class TestBenchmarkModel:
         traced = dataclasses.replace(wanted, variant="msvmamba_nano", height=2, width=2)  # less than a patch
         assert "at least 4 x 4 pixels" in benchmark_model.in_own_process(traced)["failed"]
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.parametrize("task", ["classification", "segmentation"])
     def test_quick(self, run, task):
         status, report = run(

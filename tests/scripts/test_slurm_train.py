@@ -132,7 +132,7 @@ def test_a_stopped_run_saves_and_is_put_back(tmp_path: Path) -> None:
     assert job.logged()[1:] == [f"scontrol requeue {job.number}"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tasks_find_each_other_and_train(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     arguments = [

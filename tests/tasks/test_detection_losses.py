@@ -218,7 +218,7 @@ def test_bfloat16_is_traced():
     assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_step_on_two_devices():
     """Every parameter learns, what one device computes is computed, and no activation is exchanged."""
     step = jax.value_and_grad(loss, has_aux=True)
@@ -239,7 +239,7 @@ def test_a_training_step_on_two_devices():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_small_detector_learns():
     """Two images by heart: coloured ellipses are found, named and outlined."""
     truth, rng = ground_truth(), np.random.default_rng(0)

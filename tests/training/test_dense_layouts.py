@@ -9,14 +9,14 @@ from jax.sharding import AxisType
 
 from msvmamba_jax.checkpoint import KINDS, Description
 from msvmamba_jax.models.detection.rpn import ProposalLimits
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, bind, get_weights
 from msvmamba_jax.tasks.detection import Detection
 from msvmamba_jax.tasks.segmentation import Segmentation
 from msvmamba_jax.training.parallelism import JitLayout, make_layout
 from msvmamba_jax.training.step import initial_state, train_step
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices"),
 ]
@@ -81,9 +81,8 @@ def step(task, name):
     compiled = layout.compile_train(
         train_step(model, task, optimizer, lambda _: 0.1, seed=0, ema_decay=0.0, accumulate=1, axis=layout.axis)
     )
-    state = layout.create(
-        lambda: initial_state(task.description.build(rngs=nnx.Rngs(0), **options), optimizer, ema=False)
-    )
+    weights = get_weights(task.description.build(rngs=nnx.Rngs(0), **options))
+    state = layout.create(lambda weights: initial_state(bind(model, weights), optimizer, ema=False), weights)
     batch = layout.put(make_batch(task.description.task))
     return jax.device_get(jax.block_until_ready(compiled(state, batch)))
 

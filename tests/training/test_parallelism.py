@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from msvmamba_jax import InputError
 from msvmamba_jax.checkpoint import Description
 from msvmamba_jax.data.preprocessing import Preprocessing
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, bind, get_weights
 from msvmamba_jax.tasks.classification import Classification
 from msvmamba_jax.training.checkpoints import RunCheckpoints
 from msvmamba_jax.training.optimizer import adamw
@@ -67,13 +67,19 @@ def run(layout, step_fn, state, first, last):
     return state, metrics
 
 
-def init():
-    with jax.numpy_dtype_promotion("standard"):
-        return initial_state(DESCRIPTION.build(rngs=nnx.Rngs(0)), OPTIMIZER)
-
-
 OPTIMIZER = adamw(lambda _: 1e-3, weight_decay=0.05, clip_norm=5.0)
 MODEL = abstract_model(lambda: DESCRIPTION.build(rngs=SHAPE_KEYS))
+SHAPES = get_weights(MODEL)
+
+
+def create(layout):
+    """A fresh state."""
+    return layout.create(init, get_weights(DESCRIPTION.build(rngs=nnx.Rngs(0))))
+
+
+def init(weights):
+    with jax.numpy_dtype_promotion("standard"):
+        return initial_state(bind(MODEL, weights), OPTIMIZER)
 
 
 def compile_step(layout, accumulate=1):
@@ -95,7 +101,7 @@ def runs(programs, tmp_path_factory):
     found = {}
     for name, (layout, step_fn) in programs.items():
         checkpoints = RunCheckpoints(tmp_path_factory.mktemp(name), DESCRIPTION)
-        half, _ = run(layout, step_fn, layout.create(init), 0, STEPS // 2)
+        half, _ = run(layout, step_fn, create(layout), 0, STEPS // 2)
         checkpoints.save(STEPS // 2, half)
         checkpoints.wait()
         state, metrics = run(layout, step_fn, half, STEPS // 2, STEPS)
@@ -110,7 +116,7 @@ def distance(found, reference):
     return np.linalg.norm(found - reference) / np.linalg.norm(reference)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["fsdp", "pmap"])
 def test_every_layout_makes_the_same_run(runs, name):
     _, reference, reference_metrics = runs["one"]
@@ -122,21 +128,21 @@ def test_every_layout_makes_the_same_run(runs, name):
         np.testing.assert_allclose(metrics[key], value, rtol=1e-3, err_msg=key)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("written", "read"), [("fsdp", "pmap"), ("pmap", "one"), ("one", "fsdp")])
 def test_checkpoints_interchange(programs, runs, written, read):
     layout, step_fn = programs[read]
-    state = runs[written][0].restore(layout.abstract(init))
-    expected = jax.tree.leaves(layout.abstract(init))
+    state = runs[written][0].restore(layout.abstract(init, SHAPES))
+    expected = jax.tree.leaves(layout.abstract(init, SHAPES))
     assert all(x.sharding == e.sharding for x, e in zip(jax.tree.leaves(state), expected, strict=True))
     state, _ = run(layout, step_fn, state, STEPS // 2, STEPS)
     assert distance(jax.device_get(state["params"]), runs["one"][1]["params"]) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fsdp_splits_the_state_and_gathers_no_activation(programs):
     layout, step_fn = programs["fsdp"]
-    state = layout.create(init)
+    state = create(layout)
     split = 0
     for part in ("params", "ema"):
         for leaf in jax.tree.leaves(state[part]):
@@ -159,18 +165,18 @@ def test_fsdp_splits_the_state_and_gathers_no_activation(programs):
         assert squeezed in allowed, shape
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["fsdp", "pmap"])
 def test_accumulated_step_equals_the_large_batch(programs, name):
     layout, step_fn = programs[name]
-    state, metrics = run(layout, step_fn, layout.create(init), 0, 1)
-    other, other_metrics = run(layout, compile_step(layout, accumulate=2), layout.create(init), 0, 1)
+    state, metrics = run(layout, step_fn, create(layout), 0, 1)
+    other, other_metrics = run(layout, compile_step(layout, accumulate=2), create(layout), 0, 1)
     for key, value in metrics.items():
         np.testing.assert_allclose(other_metrics[key], value, rtol=1e-4, err_msg=key)
     assert distance(jax.device_get(other["params"]), jax.device_get(state["params"])) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["fsdp", "pmap"])
 def test_predictions_keep_the_order_of_the_batch(runs, name):
     params = runs["one"][1]["params"]

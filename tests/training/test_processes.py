@@ -92,7 +92,7 @@ def saved(workdir):
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdecimal())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_are_killed_stopped_and_resumed_and_end_as_one_would(tmp_path):
     cache, alone, together = tmp_path / "cache", tmp_path / "alone", tmp_path / "together"
     with Run(alone, 1, cache) as run:
@@ -159,7 +159,7 @@ def write_images(root):
                 path.write_bytes(b"damaged")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # what it compiles runs for two steps
     write_images(tmp_path / "data")

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from msvmamba_jax.models.detection.layers import Convolution, linear, xavier_init
+from msvmamba_jax.models.detection.layers import Convolution, linear
+from msvmamba_jax.models.initializers import xavier_uniform
 
 
 class FPN(nnx.Module):
@@ -24,8 +25,9 @@ class FPN(nnx.Module):
     """
 
     def __init__(self, widths: Sequence[int], channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.laterals = nnx.List(linear(width, channels, xavier_init, dtype=dtype, rngs=rngs) for width in widths)
-        self.outputs = nnx.List(Convolution(channels, channels, xavier_init, dtype=dtype, rngs=rngs) for _ in widths)
+        init = xavier_uniform()
+        self.laterals = nnx.List(linear(width, channels, init, dtype=dtype, rngs=rngs) for width in widths)
+        self.outputs = nnx.List(Convolution(channels, channels, init, dtype=dtype, rngs=rngs) for _ in widths)
 
     @jax.named_scope("fpn")
     def __call__(self, features: Sequence[jax.Array]) -> list[jax.Array]:

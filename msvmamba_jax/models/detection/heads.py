@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from msvmamba_jax.models.detection.layers import Convolution, Deconvolution, kaiming_init, linear, xavier_init
+from msvmamba_jax.models.detection.layers import Convolution, Deconvolution, linear
+from msvmamba_jax.models.initializers import kaiming_normal, normal, xavier_uniform
 
 BOX_BINS = 7
 MASK_BINS = 14
@@ -27,10 +28,10 @@ class BoxHead(nnx.Module):
 
     def __init__(self, channels: int, hidden: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         inputs = BOX_BINS * BOX_BINS * channels
-        self.first = linear(inputs, hidden, xavier_init, dtype=dtype, rngs=rngs)
-        self.second = linear(hidden, hidden, xavier_init, dtype=dtype, rngs=rngs)
-        self.score = linear(hidden, num_classes + 1, nnx.initializers.normal(0.01), dtype=jnp.float32, rngs=rngs)
-        self.delta = linear(hidden, num_classes * 4, nnx.initializers.normal(0.001), dtype=jnp.float32, rngs=rngs)
+        self.first = linear(inputs, hidden, xavier_uniform(), dtype=dtype, rngs=rngs)
+        self.second = linear(hidden, hidden, xavier_uniform(), dtype=dtype, rngs=rngs)
+        self.score = linear(hidden, num_classes + 1, normal(0.01), dtype=jnp.float32, rngs=rngs)
+        self.delta = linear(hidden, num_classes * 4, normal(0.001), dtype=jnp.float32, rngs=rngs)
 
     @jax.named_scope("box_head")
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -52,10 +53,10 @@ class MaskHead(nnx.Module):
     """
 
     def __init__(self, channels: int, num_classes: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = kaiming_init(9 * channels)
+        init = kaiming_normal(9 * channels)
         self.convs = nnx.List(Convolution(channels, channels, init, dtype=dtype, rngs=rngs) for _ in range(MASK_LAYERS))
         self.upsample = Deconvolution(channels, channels, dtype=dtype, rngs=rngs)
-        self.score = linear(channels, num_classes, kaiming_init(num_classes), dtype=jnp.float32, rngs=rngs)
+        self.score = linear(channels, num_classes, kaiming_normal(num_classes), dtype=jnp.float32, rngs=rngs)
 
     @jax.named_scope("mask_head")
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,17 +8,12 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-xavier_init = nnx.initializers.xavier_uniform()
-
-
-def kaiming_init(fan_out: int) -> nnx.Initializer:
-    """Normal with variance 2 / fan_out: PyTorch's kaiming_normal_ in mode "fan_out" for ReLU."""
-    return nnx.initializers.normal((2.0 / fan_out) ** 0.5)
+from msvmamba_jax.models.initializers import kaiming_normal, zeros
 
 
 def linear(inputs: int, outputs: int, init: nnx.Initializer, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer (on maps: a 1x1 convolution) with zero bias."""
-    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=init, bias_init=zeros, dtype=dtype, rngs=rngs)
 
 
 class Convolution(nnx.Module):
@@ -26,7 +21,7 @@ class Convolution(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, init: nnx.Initializer, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.bias = nnx.Param(zeros(rngs.params(), (outputs,)))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,8 +36,8 @@ class Deconvolution(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         # PyTorch takes the transposed kernel's first axis, the inputs, for its outputs.
-        self.kernel = nnx.Param(kaiming_init(4 * inputs)(rngs.params(), (inputs, 2, 2, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.kernel = nnx.Param(kaiming_normal(4 * inputs)(rngs.params(), (inputs, 2, 2, outputs)))
+        self.bias = nnx.Param(zeros(rngs.params(), (outputs,)))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

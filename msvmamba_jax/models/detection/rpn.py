@@ -18,6 +18,7 @@ from msvmamba_jax.models.detection.boxes import RPN_DEVIATIONS, clip, decode
 from msvmamba_jax.models.detection.layers import Convolution, linear
 from msvmamba_jax.models.detection.nms import select, suppress_sorted
 from msvmamba_jax.models.detection.top_k import top_k
+from msvmamba_jax.models.initializers import normal
 
 THRESHOLD = 0.7  # overlap of proposals of one level
 
@@ -34,7 +35,7 @@ class RPNHead(nnx.Module):
     """
 
     def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.01)
+        init = normal(0.01)
         self.conv = Convolution(channels, channels, init, dtype=dtype, rngs=rngs)
         self.score = linear(channels, PER_POSITION, init, dtype=jnp.float32, rngs=rngs)
         self.delta = linear(channels, PER_POSITION * 4, init, dtype=jnp.float32, rngs=rngs)
