@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import json
 import os
@@ -22,10 +23,10 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 if not Path("/dev/nvidiactl").exists():
-    # For CPUs: half the time to compile, and what is compiled here runs but a few times. Commands inherit it.
+    # For CPUs: a quarter of the time to compile, and what is compiled here runs only a few times. Commands inherit it.
     flags = ["--xla_backend_optimization_level=0"]
     if jax.__version_info__ < (0, 11):  # newer ones end where they do not know a flag
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 jax.config.update("jax_num_cpu_devices", 4)  # takes effect only before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs round float32 factors to 10 bits otherwise
@@ -41,6 +42,22 @@ def quickly_compiled_convolutions(request, monkeypatch):
     if not request.node.get_closest_marker("shifted_sums"):
         monkeypatch.setattr(depthwise, "_shifted_sum", depthwise._grouped_conv)
         monkeypatch.setattr(depthwise, "_shifted_sum_vjp", depthwise._grouped_conv_vjp)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says which backends of kernels had their numbers compared: tests record a property `compared`."""
+    compared = [
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "compared"
+    ]
+    for backend, count in sorted(collections.Counter(compared).items()):
+        terminalreporter.write_line(f"numbers of {backend} compared with a reference in {count} tests")
+    if path := os.environ.get("COMPARED_BACKENDS_FILE"):
+        with open(path, "a") as file:
+            file.writelines(f"{backend}\n" for backend in compared)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
+from msvmamba_jax.models.compiled import compiled
 from msvmamba_jax.models.layers import DepthwiseConv, Downsampling, DropPath, LayerNorm, PatchEmbedding, pointwise_conv
 from msvmamba_jax.models.mixers import CrossScanMixer, MultiScaleMixer
 
@@ -157,6 +158,7 @@ class Backbone(nnx.Module):
         self.stages = nnx.List(stages)
         self.downsamplings = nnx.List(downsamplings)
 
+    @compiled
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """The output of each stage.
 

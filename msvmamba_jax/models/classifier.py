@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import Backbone, BackboneConfig
+from msvmamba_jax.models.compiled import compiled
 from msvmamba_jax.models.layers import LayerNorm, linear
 
 
@@ -32,11 +33,13 @@ class Classifier(nnx.Module):
         self.norm = LayerNorm(config.widths[-1], dtype=dtype)
         self.head = linear(config.widths[-1], num_classes, bias=True, dtype=jnp.float32, rngs=rngs)
 
+    @compiled
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Normalised images (b, height, width, 3) -> logits (b, num_classes), float32; `keys` as for `Backbone`."""
         x = self.norm(self.backbone(images, keys)[-1])
         return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
+    @compiled
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """The maps of the four stages, strides 4, 8, 16 and 32; see `Backbone`."""
         return self.backbone(images, keys)

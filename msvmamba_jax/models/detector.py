@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import Backbone, BackboneConfig
+from msvmamba_jax.models.compiled import compiled
 from msvmamba_jax.models.detection.anchors import STRIDES
 from msvmamba_jax.models.detection.fpn import FPN
 from msvmamba_jax.models.detection.heads import BOX_BINS, MASK_BINS, BoxHead, MaskHead
@@ -58,11 +59,13 @@ class Detector(nnx.Module):
         self.box_head = BoxHead(channels, hidden, num_classes, dtype=dtype, rngs=rngs)
         self.mask_head = MaskHead(channels, num_classes, dtype=dtype, rngs=rngs)
 
+    @compiled
     @jax.named_scope("backbone")
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """The normalised maps of the four stages, strides 4, 8, 16 and 32; see `Backbone`."""
         return [norm(x) for norm, x in zip(self.out_norms, self.backbone(images, keys), strict=True)]
 
+    @compiled
     def pyramid(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """Five maps (b, h_i, w_i, channels), strides 4 to 64.
 
@@ -72,6 +75,7 @@ class Detector(nnx.Module):
         """
         return self.fpn(self.features(images, keys))
 
+    @compiled
     def classify(self, pyramid: Sequence[jax.Array], boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the box head says of regions.
 
@@ -84,6 +88,7 @@ class Detector(nnx.Module):
         """
         return self.box_head(_regions(pyramid, boxes, BOX_BINS))
 
+    @compiled
     def segment(self, pyramid: Sequence[jax.Array], boxes: jax.Array) -> jax.Array:
         """Logits of the masks of regions (b, r, 4): (b, r, 28, 28, classes), float32."""
         return self.mask_head(_regions(pyramid, boxes, MASK_BINS))

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.backbone import FIRST_FREE_SITE, Backbone, BackboneConfig, keys_of_images
+from msvmamba_jax.models.compiled import compiled
 from msvmamba_jax.models.layers import LayerNorm
 from msvmamba_jax.models.upernet import AuxiliaryHead, UperNet
 
@@ -72,6 +73,7 @@ class Segmenter(nnx.Module):
             rngs=rngs,
         )
 
+    @compiled
     def __call__(self, images: jax.Array, keys: jax.Array | None = None, *, train: bool = False) -> jax.Array:
         """Logits of the classes at a quarter of the images' size.
 
@@ -87,6 +89,7 @@ class Segmenter(nnx.Module):
         keys = keys_of_images(keys, images.shape[0])
         return self.decode_head(self.features(images, keys), keys, train=train)
 
+    @compiled
     def with_auxiliary(
         self, images: jax.Array, keys: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, jax.Array]:
@@ -96,6 +99,7 @@ class Segmenter(nnx.Module):
         logits = self.decode_head(features, keys, train=train)
         return logits, self.auxiliary_head(features[AUXILIARY_STAGE], keys, train=train)
 
+    @compiled
     def features(self, images: jax.Array, keys: jax.Array | None = None) -> list[jax.Array]:
         """The normalised maps of the four stages, strides 4, 8, 16 and 32; see `Backbone`."""
         return [norm(x) for norm, x in zip(self.out_norms, self.backbone(images, keys), strict=True)]

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from msvmamba_jax.models.initializers import normal, step_bias, uniform_fan_in, xavier_uniform
 from msvmamba_jax.models.parameters import abstract_model, flatten, get_parameters
 from msvmamba_jax.models.variants import create_model
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def _fresh_parameters(name: str, key: jax.Array):
-    options = {"width": 32, "depths": (1, 1, 1, 1), "states": 16, "num_classes": 50}
-    return get_parameters(create_model(name, rngs=nnx.Rngs(key), **options))
+def fresh_model(name: str, rngs: nnx.Rngs):
+    return create_model(name, width=32, depths=(1, 1, 1, 1), states=16, num_classes=50, rngs=rngs)
 
 
 def fresh_parameters(name: str, seed: int) -> dict[str, np.ndarray]:
-    return {path: np.asarray(x, np.float64) for path, x in flatten(_fresh_parameters(name, jax.random.key(seed)))}
+    parameters = get_parameters(fresh_model(name, nnx.Rngs(seed)))
+    return {path: np.asarray(x, np.float64) for path, x in flatten(parameters)}
 
 
 @pytest.fixture(scope="module", params=["msvmamba_nano", "vssm_tiny"])
@@ -101,6 +104,34 @@ def test_norms_are_the_identity(parameters):
 def test_branches_of_a_mixer_differ(parameters):
     kernels = list(named(parameters, r"stages\.0.*delta_kernel$").values())
     assert all((kernels[0] != other).any() for other in kernels[1:])
+
+
+def test_values_are_the_same_inside_jit():
+    key = jax.random.key(3)
+    for initializer in (normal(0.5), uniform_fan_in(7), xavier_uniform(), step_bias(1e-3, 1e-1)):
+        draw = functools.partial(initializer, shape=(3, 5), dtype=jnp.float32)
+        np.testing.assert_array_equal(jax.jit(draw)(key), draw(key))
+        keys = jax.random.split(key, 2)
+        np.testing.assert_array_equal(jax.vmap(draw)(keys), [draw(k) for k in keys])
+
+
+def test_no_program_is_compiled_for_a_shape():
+    fresh_model("msvmamba_nano", nnx.Rngs(0))
+    compiled = []
+    with jax.log_compiles(), catch_logs("jax", lambda record: compiled.append(record.getMessage())):
+        create_model("msvmamba_nano", width=28, rngs=nnx.Rngs(0))
+    assert [message for message in compiled if "Finished XLA compilation" in message] == []
+
+
+@contextlib.contextmanager
+def catch_logs(name, handle):
+    handler = logging.Handler()
+    handler.emit = handle
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeHandler(handler)
 
 
 def test_the_seed_determines_every_parameter():

@@ -12,7 +12,7 @@ from flax import nnx
 from random_weights import randomised
 
 from msvmamba_jax.errors import InputError
-from msvmamba_jax.models.backbone import BackboneConfig
+from msvmamba_jax.models.backbone import Backbone, BackboneConfig
 from msvmamba_jax.models.classifier import Classifier
 from msvmamba_jax.models.layers import DropPath, LayerNorm
 from msvmamba_jax.models.parameters import abstract_model, flatten, get_parameters
@@ -24,9 +24,6 @@ BFLOAT16_TOLERANCE = 0.05  # relative L2 of logits and maps; measured: at most 0
 
 every_variant = pytest.mark.parametrize("name", list_models())
 every_kind = pytest.mark.parametrize("name", ["msvmamba_nano", "vssm_tiny"])
-
-
-# Optimised machine code would take longer to make than it saves here.
 
 
 @functools.cache
@@ -68,6 +65,16 @@ def gradients(model: Classifier, images: jax.Array):
 
 
 @every_variant
+def test_is_made_with_options(name):
+    """Every row of the table; one of each kind stands for the others in what follows."""
+    model = small_model(name, num_classes=7, states=3)
+    assert jax.eval_shape(model, images()).shape == (2, 7)
+    assert model.num_classes == 7
+    ssm = [x for path, x in flatten(get_parameters(model)) if path.endswith("A_log")]
+    assert {x.shape[1] for x in ssm} == {3}
+
+
+@every_kind
 class TestContract:
     @pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (32, 32), (224, 224), (4, 131)])
     def test_shapes(self, name, height, width):
@@ -90,13 +97,6 @@ class TestContract:
         assert np.isfinite(image).all()
         covered = np.abs(image[:, : HEIGHT // 4 * 4, : WIDTH // 4 * 4])
         assert (covered > 0).mean() > 0.999
-
-    def test_options_reach_the_model(self, name):
-        model = small_model(name, num_classes=7, states=3)
-        assert jax.eval_shape(model, images()).shape == (2, 7)
-        assert model.num_classes == 7
-        ssm = [x for path, x in flatten(get_parameters(model)) if path.endswith("A_log")]
-        assert {x.shape[1] for x in ssm} == {3}
 
 
 def test_table_of_variants():
@@ -139,6 +139,23 @@ def test_an_image_does_not_see_its_batch(name):
     np.testing.assert_allclose(alone[0], both[1], atol=1e-5)
     for one, two in zip(maps, both_maps, strict=True):
         np.testing.assert_allclose(one[0], two[1], atol=1e-5 * np.abs(two).max())
+
+
+def test_a_call_outside_of_jit_runs_one_program():
+    model = small_model("msvmamba_nano")
+    logits, maps = run(model, images())
+    traced = []
+    original = Backbone.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "__call__", lambda *arguments: traced.append(1) or original(*arguments))
+        for _ in range(2):
+            np.testing.assert_allclose(model(images()), logits, atol=1e-5)
+    assert len(traced) == 1
+    for found, expected in zip(model.features(images=images()), maps, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    keys = jax.random.key(0)
+    dropping = small_model("msvmamba_nano", drop_path=0.5)
+    np.testing.assert_allclose(dropping(images(), keys=keys), run(dropping, images(), keys)[0], atol=1e-5)
 
 
 class TestWrongInputs:

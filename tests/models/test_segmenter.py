@@ -64,8 +64,13 @@ def run(model: Segmenter, images: jax.Array, keys=None, train=False):
     return np.asarray(logits), np.asarray(auxiliary), dict(flatten(statistics))
 
 
-@pytest.mark.parametrize("name", list_models())
-@pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (32, 32), (4, 131), (4, 4)])
+@pytest.mark.parametrize(
+    ("name", "height", "width"),
+    [
+        *((name, HEIGHT, WIDTH) for name in list_models()),
+        *(("msvmamba_nano", *size) for size in ((32, 32), (4, 131), (4, 4))),
+    ],
+)
 def test_shapes(name, height, width):
     model = small_model(name)
     call = lambda x: (model(x), *model.with_auxiliary(x), model.features(x))  # noqa: E731
@@ -107,6 +112,14 @@ def test_an_image_does_not_see_its_batch_in_evaluation():
     assert both[2].keys() == before.keys()
     for path, value in both[2].items():
         np.testing.assert_array_equal(value, before[path])
+
+
+def test_training_outside_of_jit_moves_the_statistics_of_the_model():
+    expected = run(small_model(), images(), train=True)
+    model = bind(small_model(), get_weights(small_model()))
+    np.testing.assert_allclose(model.with_auxiliary(images(), train=True)[0], expected[0], atol=1e-5)
+    for path, value in flatten(get_statistics(model)):
+        np.testing.assert_allclose(value, expected[2][path], atol=1e-6, err_msg=path)
 
 
 def test_training_normalises_by_the_batch_and_moves_every_statistic():
