@@ -49,15 +49,17 @@ def scan(geometry: Geometry, operands: Operands, ends: jax.Array | None, *, save
         def route(index: int, tiles: Tiles, first: Any, count: Any, h: Any) -> Any:
             def tile(number: Any, slot: Any, out: Any, h: Any) -> Any:
                 for chunk, visits in block.visits_by_chunk(tiles, slot, tiles.reversed):
-                    if save:
-                        block.save_states(states_ref[0], g.first_chunk[index] + number * tiles.chunks + chunk, h)
                     _, steps = block.raws_and_steps(tiles, number, visits)
+                    at = g.first_chunk[index] + number * tiles.chunks + chunk
 
-                    def state(i: Any, carry: Any, visits: Any = visits, steps: Any = steps) -> Any:
+                    def state(i: Any, carry: Any, visits: Any = visits, steps: Any = steps, at: Any = at) -> Any:
                         h, ys = carry
+                        before = block.get("h", h, i)
+                        if save:  # not in a loop of its own, whose loads the compiler moves before the stores of h
+                            states_ref[0][block.image, at, i, block.channels] = before
                         Bs, Cs = block.b_and_c(slot, visits, i)
                         drives = [step * u for step, u in zip(steps, visits.us, strict=True)]
-                        hs = advance(block.get("h", h, i), decays(steps, block.a(i)), drives, Bs)
+                        hs = advance(before, decays(steps, block.a(i)), drives, Bs)
                         ys = tuple(y + C * h_i for y, C, h_i in zip(ys, Cs, hs[1:], strict=True))
                         return block.put("h", h, i, hs[-1]), ys
 

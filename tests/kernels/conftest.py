@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from msvmamba_jax.kernels.selective_scan import mosaic
+from msvmamba_jax.kernels.selective_scan import mosaic, mosaic_resident_backward
 from msvmamba_jax.kernels.selective_scan.config import H100, Problem
 from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(monkeypatch, record_property):
     """Mosaic GPU kernels run on the CPU, one step of a thread after another. Tiles of several lines cannot."""
     if jax.__version_info__ < (0, 11):
         pytest.skip("this JAX's interpreter of Mosaic GPU kernels lacks layouts")
@@ -25,6 +26,44 @@ def interpreted(monkeypatch):
     parameters = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
     interpreter = parameters.InterpretGPUParams()
     monkeypatch.setattr(plgpu, "kernel", functools.partial(plgpu.kernel, interpret=interpreter))
+    record_property("compared", "mosaic:interpreted")
+
+
+@pytest.fixture
+def sums_that_can_be_interpreted(monkeypatch):
+    """JAX's interpreter cannot reshape a reference, as the sums over channels do."""
+
+    def place_by_place(block):
+        rows, columns = block._box
+
+        def sums():
+            for row, column, (i, kept) in itertools.product(range(rows), range(columns), enumerate((0, 2))):
+                values = block._kept[kept].at[row, column][...]
+                total = jnp.sum(values.astype(jnp.float32))
+                block._dBC.at[block._image, block._number, i, row * columns + column][...] = total
+
+        block._alone(sums)
+
+    monkeypatch.setattr(mosaic_resident_backward._Block, "_sum_over_channels", place_by_place)
+
+
+@pytest.fixture
+def interpreted_scan(interpreted, sums_that_can_be_interpreted):
+    """A function from inputs, dy and routes to [y] and the gradients, by the Mosaic GPU kernels that take the scan."""
+
+    @functools.cache
+    def compiled(routes):
+        forward = jax.jit(functools.partial(mosaic._forward_of_images, routes, True))
+        return forward, jax.jit(functools.partial(mosaic._backward_of_images, routes))
+
+    def scan(inputs: ScanInputs, dy: jax.Array, routes) -> tuple[list[jax.Array], ScanInputs]:
+        forward, backward = compiled(routes)
+        y, states = forward(*inputs)
+        du, ddelta, dB, dC, dA, dD, dbias = backward(*inputs, states, dy)
+        gradients = (du, ddelta, dA.sum(0).T, dB, dC, dD.sum(0), dbias.sum(0))
+        return [y], ScanInputs(*(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True)))
+
+    return scan
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from msvmamba_jax.kernels.selective_scan.routes import ScanInputs
 
 HALF = ("row_reversed", "column", "column_reversed")
 SHARED_MEMORY = 227 * 1024
+RESERVED = 1024  # bytes of each block, by the system
 
 
 def problem(*shape, states=1, routes=3, dtype="bfloat16") -> Problem:
@@ -37,50 +38,21 @@ def test_leaves_others_to_the_tiled_kernel(shape):
     assert not mosaic_resident.supports(problem(*shape), SHARED_MEMORY)
 
 
-@pytest.mark.parametrize(
-    ("shape", "routes", "faster"),
-    [
-        ((128, 28, 28, 192), 3, True),
-        ((16, 28, 28, 192), 3, True),
-        ((1, 28, 28, 192), 3, False),
-        ((2, 32, 32, 384), 3, False),
-        ((8, 32, 32, 384), 3, True),
-        ((128, 14, 14, 384), 3, True),
-        ((16, 14, 14, 384), 3, True),
-        ((1, 14, 14, 384), 3, True),
-        ((128, 7, 7, 768), 3, False),
-        ((1, 7, 7, 768), 3, True),
-        ((1, 14, 14, 768), 1, True),
-        ((16, 14, 14, 768), 1, True),
-        ((32, 14, 14, 768), 1, False),
-        ((1, 28, 28, 384), 1, False),
-        ((8, 28, 28, 384), 1, True),
-        ((128, 28, 28, 384), 1, False),
-    ],
-)
-def test_takes_over_where_it_measured_faster(shape, routes, faster):
-    assert mosaic_resident.faster(problem(*shape, routes=routes), H100) == faster
-
-
 def test_two_blocks_share_a_multiprocessor():
-    reserved = 1024  # of each block, by the system
-    assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - reserved)
+    assert mosaic_resident.supports(problem(128, 28, 28, 192), 228 * 1024 // 2 - RESERVED)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "blocks"),
-    [
-        ((128, 28, 28, 192), "bfloat16", 2),
-        ((128, 14, 14, 384), "bfloat16", 5),
-        ((128, 14, 14, 384), "float32", 2),
-    ],
+    ("shape", "dtype"),
+    [((128, 28, 28, 192), "bfloat16"), ((128, 14, 14, 384), "bfloat16"), ((128, 14, 14, 384), "float32")],
 )
-def test_blocks_that_start_at_once_queue(shape, dtype, blocks):
-    queue = queue_for(shape, dtype)
+def test_blocks_that_start_at_once_queue(shape, dtype):
+    """As many as a multiprocessor has room for, each some time after the one before it."""
+    queue, needed = queue_and_bytes(shape, dtype)
     assert queue.multiprocessors == H100.multiprocessors
-    assert queue.blocks == blocks
-    passed = 5 * shape[1] * shape[2] * 32 * jnp.dtype(dtype).itemsize
-    assert queue.pause == pytest.approx(3000 * passed / 250_880, rel=0.02)  # 3,000 for 28 x 28, bfloat16
+    assert queue.blocks > 1
+    assert queue.blocks * (needed + RESERVED) <= SHARED_MEMORY + RESERVED < (queue.blocks + 1) * (needed + RESERVED)
+    assert queue.pause > 0
 
 
 @pytest.mark.parametrize(
@@ -89,39 +61,36 @@ def test_blocks_that_start_at_once_queue(shape, dtype, blocks):
     ids=["a block for each multiprocessor", "one wave", "few"],
 )
 def test_others_do_not_queue(shape, dtype):
-    assert queue_for(shape, dtype) is None
+    queue, _ = queue_and_bytes(shape, dtype)
+    assert queue is None
 
 
-def queue_for(shape, dtype) -> mosaic_resident.Queue | None:
+def queue_and_bytes(shape, dtype) -> tuple[mosaic_resident.Queue | None, int]:
     geometry = mosaic._geometry(problem(*shape, dtype=dtype), HALF, mosaic.Config(2, 1), H100)
-    buffers = mosaic_resident._buffers(*shape[1:3], jnp.dtype(dtype), 0)
-    return mosaic_resident.queue_for(geometry, mosaic_resident._bytes(buffers, shape[1]), H100)
+    needed = mosaic_resident._bytes(mosaic_resident._buffers(*shape[1:3], jnp.dtype(dtype), 0), shape[1])
+    return mosaic_resident.queue_for(geometry, needed, H100), needed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
-    inputs = jax.eval_shape(lambda: random_inputs((2, 14, 14, 96), dtype))
+    inputs = jax.eval_shape(lambda: random_inputs((2, 14, 13, 96), dtype))
     forward = jax.jit(functools.partial(mosaic._forward_of_images, HALF, True))
     forward.trace(*inputs).lower(lowering_platforms=("cuda",))
-    needed = mosaic_resident._shared_bytes(problem(2, 14, 14, 96, dtype=dtype))
+    needed = mosaic_resident._shared_bytes(problem(2, 14, 13, 96, dtype=dtype))
     assert needed - 64 < laid_out[-1] <= needed
 
 
-@pytest.mark.parametrize("save", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "routes", "dtype", "save"),
     [
-        (128, 28, 28, 192),
-        (16, 14, 14, 384),
-        (16, 7, 7, 768),
-        (2, 9, 11, 20),
-        (2, 9, 20, 96),  # rows of two chunks, columns of one
-        (2, 20, 9, 96),
-        (2, 8, 4, 8),  # a column has as many bytes as the channels of a block
+        ((128, 28, 28, 192), HALF, "bfloat16", True),
+        ((16, 7, 7, 768), HALF, "float32", False),
+        ((2, 9, 11, 20), ("row",), "bfloat16", True),
+        ((2, 9, 20, 96), ("row", "column_reversed"), "float32", True),  # rows of two chunks, columns of one
+        ((2, 8, 4, 8), HALF, "bfloat16", False),  # a column has as many bytes as the channels of a block
     ],
 )
-def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
+def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, routes, dtype, save):
     calls = []
     scan = mosaic_resident.scan
     monkeypatch.setattr(mosaic_resident, "scan", lambda *a, **options: calls.append(1) or scan(*a, **options))
@@ -130,7 +99,7 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
     spec, (b, h, w, d) = jax.ShapeDtypeStruct, shape
     maps, small, vector = spec(shape, dtype), spec((b, h, w, 1), dtype), spec((d,), "float32")
     inputs = ScanInputs(maps, maps, spec((d, 1), "float32"), small, small, vector, vector)
-    forward = jax.jit(functools.partial(mosaic._forward_of_images, HALF, save))
+    forward = jax.jit(functools.partial(mosaic._forward_of_images, routes, save))
     text = forward.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
     assert calls
@@ -139,15 +108,13 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, shape, dtype, save):
 @pytest.mark.parametrize(
     ("shape", "routes", "dtype"),
     [
-        ((2, 8, 12, 32), HALF, "float32"),
         ((1, 8, 8, 40), HALF, "bfloat16"),  # channels beyond those of a block
         ((2, 7, 7, 8), HALF, "float32"),  # lines outside the map
         ((1, 9, 20, 8), ("column", "row"), "bfloat16"),  # the first route goes down columns; two chunks of a line
-        ((1, 14, 5, 16), ("row", "column_reversed"), "float32"),
         ((1, 7, 8, 32), HALF, "float32"),  # some rows are contiguous in memory
         ((2, 9, 6, 8), ("row",), "float32"),
     ],
-    ids=["rectangular", "channels", "odd", "column first", "row first", "contiguous", "one route"],
+    ids=["channels", "odd", "column first", "contiguous", "one route"],
 )
 def test_interpreted_kernel(interpreted, monkeypatch, random_inputs, states_before_chunks, shape, routes, dtype):
     """y against xla, and the states that were kept against those of a walk from position to position."""

@@ -44,34 +44,27 @@ def team(shape, dtype="bfloat16", routes=HALF, *, words=None, **options) -> Team
     return mosaic_team.team_for(geometry(shape, dtype, routes, **options), words, mosaic.local_device())
 
 
-def shared_bytes(shape, dtype) -> int:
+def shared_bytes(shape, dtype, routes=HALF) -> int:
     words = 1 if dtype == "bfloat16" else 2
-    return mosaic_team.shared_bytes(geometry(shape, dtype), team(shape, dtype), words)
+    return mosaic_team.shared_bytes(geometry(shape, dtype, routes), team(shape, dtype, routes), words)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("shape", "dtype", "expected"),
+    "shape",
     [
-        ((128, 28, 28, 192), "bfloat16", Team(16, 1, 2, padded=False)),
-        ((128, 28, 28, 192), "float32", Team(8, 1, 1, padded=False)),
-        ((128, 14, 14, 384), "bfloat16", Team(16, 1, 1, padded=True)),
-        ((128, 14, 14, 384), "float32", Team(8, 1, 1, padded=True)),
-        ((128, 7, 7, 768), "bfloat16", Team(32, 1, 1, padded=True)),
-        ((128, 7, 7, 768), "float32", Team(32, 1, 1, padded=True)),
-        ((128, 4, 4, 1536), "bfloat16", Team(64, 2, 1, padded=True)),
-        ((128, 4, 4, 1536), "float32", Team(32, 1, 1, padded=True)),
-        ((1, 1, 2, 3), "bfloat16", Team(64, 2, 1, padded=True)),
-        ((128, 17, 21, 24), "bfloat16", Team(16, 1, 1, padded=False)),  # rows that two warpgroups cannot share
-        ((5, 28, 28, 192), "bfloat16", Team(8, 1, 2, padded=True)),  # multiprocessors enough for blocks of few channels
-        ((6, 28, 28, 192), "bfloat16", Team(16, 1, 2, padded=False)),
-        ((1, 28, 28, 192), "float32", Team(8, 1, 1, padded=False)),
-        ((1, 14, 14, 384), "bfloat16", Team(8, 1, 1, padded=True)),
-        ((1, 7, 7, 768), "bfloat16", Team(16, 1, 1, padded=True)),
-        ((1, 7, 7, 768), "float32", Team(32, 1, 1, padded=True)),
+        (128, 28, 28, 192),
+        (128, 14, 14, 384),
+        (128, 7, 7, 768),
+        (128, 4, 4, 1536),
+        (128, 17, 21, 24),  # rows that two warpgroups cannot share
+        (5, 28, 28, 192),
+        (1, 14, 14, 384),
+        (1, 1, 2, 3),
     ],
 )
-def test_takes_small_maps_of_several_routes(shape, dtype, expected):
-    assert team(shape, dtype) == expected
+def test_takes_small_maps_of_several_routes(shape, dtype):
+    assert shared_bytes(shape, dtype) <= H100.shared_memory
 
 
 @pytest.mark.parametrize(
@@ -124,17 +117,14 @@ def test_blocks_of_a_multiprocessor(shape, dtype, blocks):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_shared_memory_is_what_mosaic_lays_out(laid_out, random_inputs, dtype):
-    shape = (2, 14, 14, 96)
-    lowered(random_inputs, shape, HALF, dtype)
-    needed = shared_bytes(shape, dtype)
+    shape, routes = (2, 9, 10, 96), ("column", "row")
+    lowered(random_inputs, shape, routes, dtype)
+    needed = shared_bytes(shape, dtype, routes)
     assert needed - 32 < laid_out[-1] <= needed
 
 
 def test_boxes():
     """Whole copies, and lines of a warp that begin in different places of shared memory where that can be."""
-    assert Team(16, 1, 1, padded=True).box(14, 14, "bfloat16") == (16, 17)
-    assert Team(16, 1, 2, padded=False).box(28, 28, "bfloat16") == (28, 33)
-    assert Team(32, 1, 1, padded=True).box(7, 7, "bfloat16") == (8, 8)
     for height, width, dtype in itertools.product(range(1, 33), range(1, 33, 3), ("bfloat16", "float32")):
         found = team((1, height, width, 192), dtype)
         if found is not None:
@@ -167,27 +157,36 @@ def lowered(random_inputs, shape, routes, dtype) -> str:
     return backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+LOWERED = [
+    ((128, 28, 28, 192), HALF, "bfloat16"),
+    ((128, 7, 7, 768), HALF, "float32"),
+    ((2, 5, 12, 12), ALL, "bfloat16"),  # channels that do not fill 16 bytes
+    ((128, 9, 5, 40), ("row", "row_reversed"), "float32"),
+    ((128, 20, 17, 24), HALF, "bfloat16"),  # groups of columns that two warpgroups cannot share evenly
+    ((2, 20, 1, 8), HALF, "float32"),  # whose rows in a row are a column
+    ((1, 14, 14, 768), ("row",), "bfloat16"),
+]
+MORE_LOWERED = [
+    ((128, 28, 28, 192), HALF, "float32"),
+    ((128, 14, 14, 384), HALF, "bfloat16"),
+    ((128, 14, 14, 384), HALF, "float32"),
+    ((128, 7, 7, 768), HALF, "bfloat16"),
+    ((128, 4, 4, 1536), HALF, "bfloat16"),
+    ((128, 4, 4, 1536), HALF, "float32"),
+    ((128, 5, 12, 12), ALL, "float32"),
+    ((2, 9, 5, 40), ("row", "row_reversed"), "bfloat16"),
+    ((2, 5, 9, 40), ("column", "column_reversed"), "bfloat16"),
+    ((128, 5, 9, 40), ("column", "column_reversed"), "float32"),
+    ((1, 20, 31, 24), HALF, "bfloat16"),  # groups of rows that cannot be shared evenly, of fewer channels
+    ((2, 17, 18, 24), HALF, "bfloat16"),  # whose rows are no multiple of 128 bytes
+    ((128, 17, 18, 24), HALF, "float32"),
+    ((1, 14, 14, 768), ("row",), "float32"),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "routes"),
-    [
-        ((128, 28, 28, 192), HALF),
-        ((128, 14, 14, 384), HALF),
-        ((128, 7, 7, 768), HALF),
-        ((128, 4, 4, 1536), HALF),
-        ((2, 5, 12, 12), ALL),  # channels that do not fill 16 bytes
-        ((128, 5, 12, 12), ALL),
-        ((2, 9, 5, 40), ("row", "row_reversed")),
-        ((128, 9, 5, 40), ("row", "row_reversed")),
-        ((2, 5, 9, 40), ("column", "column_reversed")),
-        ((128, 5, 9, 40), ("column", "column_reversed")),
-        ((128, 20, 17, 24), HALF),  # groups of columns that two warpgroups cannot share evenly
-        ((1, 20, 31, 24), HALF),  # likewise of rows, of fewer channels
-        ((2, 20, 1, 8), HALF),  # whose rows in a row are a column
-        ((2, 17, 18, 24), HALF),  # whose rows are no multiple of 128 bytes
-        ((128, 17, 18, 24), HALF),
-        ((1, 14, 14, 768), ("row",)),
-    ],
+    ("shape", "routes", "dtype"),
+    [*LOWERED, *(pytest.param(*case, marks=pytest.mark.nightly) for case in MORE_LOWERED)],
 )
 def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes, dtype):
     calls = []
@@ -198,93 +197,58 @@ def test_lowers_for_cuda_without_a_gpu(monkeypatch, random_inputs, shape, routes
 
 
 def test_float32_b_and_c_beside_bfloat16_maps_lower(random_inputs):
-    for images, side in itertools.product((1, 128), (14, 28)):
-        inputs = random_inputs((images, side, side, 16), "bfloat16")
-        inputs = inputs._replace(B=inputs.B.astype(jnp.float32), C=inputs.C.astype(jnp.float32))
-        y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, HALF, True), *inputs)
-        backward = jax.jit(functools.partial(mosaic._backward_of_images, HALF))
-        assert "mosaic_gpu" in backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
+    routes = ("column", "row")
+    inputs = random_inputs((2, 9, 10, 16), "bfloat16")
+    inputs = inputs._replace(B=inputs.B.astype(jnp.float32), C=inputs.C.astype(jnp.float32))
+    y, states = jax.eval_shape(functools.partial(mosaic._forward_of_images, routes, True), *inputs)
+    backward = jax.jit(functools.partial(mosaic._backward_of_images, routes))
+    assert "mosaic_gpu" in backward.trace(*inputs, states, y).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(
-    "found",
-    [Team(16, 1, 2, padded=False), Team(8, 1, 1, padded=True), Team(64, 2, 1, padded=True), Team(8, 1, 2, padded=True)],
-)
-@pytest.mark.parametrize("places", [16, 56, 272, 924])
-def test_all_places_are_summed_up(found, places):
-    if found.channels < 64 and places < 64:
-        return
-    at_once, each = found.summed_at_once(places)
-    assert at_once * found.channels == 128 * each
-    summed = [
-        int(start) + k
-        for group in range(found.warpgroups)
-        for start in found.parts(places, group)
-        for k in range(at_once)
-    ]
-    assert sorted(set(summed)) == list(range(places))
+def test_all_places_are_summed_up():
+    """By the warpgroups of a block, some places at once, in all boxes that maps have."""
+    for height, width, dtype in itertools.product(range(1, 33), range(1, 33, 3), ("bfloat16", "float32")):
+        found = team((1, height, width, 192), dtype)
+        if found is not None:
+            rows, columns = found.box(height, width, dtype)
+            at_once, _ = found.summed_at_once(rows * columns)
+            starts = [int(x) for group in range(found.warpgroups) for x in found.parts(rows * columns, group)]
+            assert {start + k for start in starts for k in range(at_once)} == set(range(rows * columns))
+
+
+INTERPRETED = {
+    "a row outside the map, two channels of a thread": ((2, 3, 4, 72), HALF, "bfloat16"),
+    "float32": ((1, 6, 7, 40), HALF, "float32"),
+    "rows": ((1, 9, 3, 12), ("row", "row_reversed"), "float32"),
+    "one route along columns": ((1, 4, 9, 16), ("column",), "float32"),
+}
+MORE_INTERPRETED = {
+    "all routes": ((1, 11, 9, 20), ALL, "bfloat16"),
+    "columns": ((1, 5, 9, 16), ("column", "column_reversed"), "float32"),
+    "one route along rows": ((1, 10, 6, 16), ("row_reversed",), "bfloat16"),
+    "two warpgroups of few channels, chunks of lines": ((1, 20, 17, 24), HALF, "bfloat16"),
+    "two warpgroups, rows that come twice": ((1, 20, 17, 48), HALF, "bfloat16"),
+    "no room for rows outside the map": ((1, 17, 18, 8), HALF, "float32"),
+}
 
 
 @pytest.fixture
-def sums_that_can_be_interpreted(monkeypatch):
-    """JAX's interpreter cannot reshape a reference, as the sums over channels do."""
-
-    def place_by_place(block):
-        rows, columns = block._box
-
-        def sums():
-            for row, column, (i, kept) in itertools.product(range(rows), range(columns), enumerate((0, 2))):
-                values = block._kept[kept].at[row, column][...]
-                total = jnp.sum(values.astype(jnp.float32))
-                block._dBC.at[block._image, block._number, i, row * columns + column][...] = total
-
-        block._alone(sums)
-
-    monkeypatch.setattr(mosaic_resident_backward._Block, "_sum_over_channels", place_by_place)
+def few_multiprocessors(monkeypatch):
+    """So few that small problems are split as large ones are on a GPU."""
+    monkeypatch.setattr(mosaic, "local_device", lambda: dataclasses.replace(H100, multiprocessors=5))
 
 
 @pytest.mark.parametrize(
-    ("shape", "routes", "dtype", "expected"),
-    [
-        ((2, 3, 4, 72), HALF, "bfloat16", Team(64, 2, 1, padded=True)),  # a row outside the map, two channels at once
-        ((1, 6, 7, 40), HALF, "float32", Team(32, 1, 1, padded=True)),
-        ((1, 11, 9, 20), ALL, "bfloat16", Team(8, 1, 1, padded=True)),
-        ((1, 9, 5, 16), ("row", "row_reversed"), "float32", Team(8, 1, 1, padded=True)),
-        ((1, 5, 9, 16), ("column", "column_reversed"), "float32", Team(8, 1, 1, padded=True)),
-        ((1, 20, 17, 24), HALF, "bfloat16", Team(8, 1, 2, padded=True)),  # chunks of lines
-        ((1, 20, 17, 48), HALF, "bfloat16", Team(16, 1, 2, padded=False)),  # rows that come twice
-        ((1, 17, 18, 8), HALF, "float32", Team(8, 1, 1, padded=False)),
-        ((1, 10, 6, 16), ("row_reversed",), "bfloat16", Team(8, 1, 1, padded=True)),
-        ((1, 6, 10, 16), ("column",), "float32", Team(8, 1, 1, padded=True)),
-    ],
-    ids=[
-        "two channels",
-        "float32",
-        "all routes",
-        "rows",
-        "columns",
-        "two warpgroups of few channels",
-        "two warpgroups",
-        "rows that come twice",
-        "one along rows",
-        "one along columns",
-    ],
+    "case", [*INTERPRETED, *(pytest.param(case, marks=pytest.mark.nightly) for case in MORE_INTERPRETED)]
 )
 def test_interpreted_kernel(
-    interpreted,
-    sums_that_can_be_interpreted,
-    monkeypatch,
-    random_inputs,
-    states_before_chunks,
-    shape,
-    routes,
-    dtype,
-    expected,
+    interpreted, sums_that_can_be_interpreted, request, random_inputs, states_before_chunks, case
 ):
     """All gradients against xla, from states before chunks that were worked out position by position."""
-    if len(routes) > 1:  # blocks for five multiprocessors at most have half as many channels
-        monkeypatch.setattr(mosaic, "local_device", lambda: dataclasses.replace(H100, multiprocessors=5))
-    assert team(shape, dtype, routes) == expected
+    shape, routes, dtype = (INTERPRETED | MORE_INTERPRETED)[case]
+    if len(routes) > 1:  # a single one would be left to another kernel
+        request.getfixturevalue("few_multiprocessors")
+    assert team(shape, dtype, routes) is not None
     inputs = random_inputs(shape, dtype)
     y, residuals = xla.forward(inputs, routes)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype)
@@ -307,7 +271,14 @@ def check_gradients(inputs, states, dy, routes, expected) -> None:
         assert error < bound, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 4, 24), (1, 12, 12, 24), (1, 20, 1, 8)], ids=["small", "resident", "narrow"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 5, 4, 24), id="small"),
+        pytest.param((1, 12, 12, 24), id="resident", marks=pytest.mark.nightly),
+        pytest.param((1, 20, 1, 8), id="narrow", marks=pytest.mark.nightly),
+    ],
+)
 def test_interpreted_after_the_forward(interpreted, sums_that_can_be_interpreted, monkeypatch, random_inputs, shape):
     """With the states that the kernels of the forward keep, which have more channels than the map."""
     monkeypatch.setattr(mosaic_small, "faster", lambda problem, device: True)

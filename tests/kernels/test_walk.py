@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64_scan import scan_and_gradients
 
 from msvmamba_jax.kernels.selective_scan.recurrence import (
     LOG2_E,
@@ -19,7 +19,6 @@ from msvmamba_jax.kernels.selective_scan.recurrence import (
     softplus_slopes,
     softplus_slopes_of,
 )
-from msvmamba_jax.kernels.selective_scan.reference import selective_scan_2d_reference
 from msvmamba_jax.kernels.selective_scan.routes import ROUTES, ScanInputs, visiting_order
 from msvmamba_jax.kernels.selective_scan.tiles import LONGEST_CHUNK, Tiles, tiles
 
@@ -121,7 +120,7 @@ class TestRecurrence:
         (found,) = softplus_slopes_of([step], precise=precise)
         expected = -np.expm1(-step.astype(np.float64))
         assert found.dtype == jnp.float32
-        assert np.all(np.abs(np.asarray(found, np.float64) - expected) < (3e-7 * expected + 1e-37 if precise else 2e-7))
+        assert np.all(np.abs(np.asarray(found, np.float64) - expected) < (3e-7 if precise else 3e-5) * expected + 1e-37)
 
     def test_far_from_zero(self):
         x = np.asarray([-1e30, -200.0, 200.0, 1e30], np.float32)
@@ -130,9 +129,9 @@ class TestRecurrence:
         np.testing.assert_array_equal(softplus_slopes([x], [step])[0], [0, 0, 1, 1])
 
     @pytest.mark.parametrize("n", [1, 3])
-    @pytest.mark.parametrize(("height", "width"), [(5, 3), (9, 14), (17, 19)])
+    @pytest.mark.parametrize(("height", "width"), [(5, 3), (9, 14), (17, 3)])
     def test_a_walk_over_tiles_is_the_scan(self, height, width, n):
-        """The kernels' walk, forward and backward, in NumPy float64, against the definition and its derivative."""
+        """The kernels' walk, forward and backward, in NumPy float64, against the recurrence."""
         rng = np.random.default_rng(0)
         batch, d = 2, 3
         inputs = ScanInputs(
@@ -147,28 +146,10 @@ class TestRecurrence:
         dy = rng.standard_normal((batch, 3, height, width, d))
         with jax.enable_x64(True):
             y, gradients = walk(inputs, dy, HALF)
-            np.testing.assert_allclose(y, selective_scan_2d_reference(*inputs, routes=HALF), rtol=1e-6, atol=1e-7)
-            scan = functools.partial(reference_in_jax, routes=HALF)
-            expected = jax.jit(lambda inputs, dy: jax.vjp(scan, inputs)[1](dy)[0])(inputs, dy)
+        expected_y, expected = scan_and_gradients(inputs, dy, HALF)
+        np.testing.assert_allclose(y, expected_y, rtol=1e-6, atol=1e-7)
         for name, found, reference in zip(ScanInputs._fields, gradients, expected, strict=True):
             np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def reference_in_jax(inputs: ScanInputs, routes) -> jax.Array:
-    """The definition, position by position."""
-    b, h, w, d = inputs.u.shape
-    step = jax.nn.softplus(inputs.delta + inputs.delta_bias).reshape(b, h * w, d)
-    u, B, C = (x.reshape(b, h * w, -1) for x in (inputs.u, inputs.B, inputs.C))
-    path = np.concatenate([visiting_order(route, h, w) for route in routes])
-
-    def visit(state, t):
-        state = jnp.exp(step[:, t, :, None] * inputs.A) * state + (step[:, t] * u[:, t])[..., None] * B[:, t, None]
-        return state, jnp.sum(state * C[:, t, None], -1) + inputs.D * u[:, t]
-
-    _, y = jax.lax.scan(visit, jnp.zeros((b, *inputs.A.shape)), path)
-    y = y.reshape(len(routes), h * w, b, d)
-    back = [y[i, np.argsort(visiting_order(route, h, w))] for i, route in enumerate(routes)]
-    return jnp.moveaxis(jnp.stack(back), 2, 0).reshape(b, len(routes), h, w, d)
 
 
 def walk(inputs: ScanInputs, dy: np.ndarray, routes) -> tuple[np.ndarray, ScanInputs]:

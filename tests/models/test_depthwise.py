@@ -12,6 +12,8 @@ from msvmamba_jax.models.depthwise import depthwise_conv
 
 SIZES = [(1, 1), (1, 9), (2, 3), (3, 2), (4, 4), (5, 8), (6, 7), (7, 6), (8, 5), (9, 9)]
 
+pytestmark = pytest.mark.shifted_sums
+
 
 def grouped_conv(x, kernel, stride):
     edge = kernel.shape[0] // 2

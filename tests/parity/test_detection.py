@@ -55,7 +55,8 @@ SLICES = {
 every_variant = pytest.mark.parametrize("variant", ["nano", "micro", "tiny"])
 # Losses and whole models with their gradients take long to compile.
 nano_first = pytest.mark.parametrize(
-    "variant", ["nano", pytest.param("micro", marks=pytest.mark.nightly), pytest.param("tiny", marks=pytest.mark.nightly)]
+    "variant",
+    ["nano", pytest.param("micro", marks=pytest.mark.nightly), pytest.param("tiny", marks=pytest.mark.nightly)],
 )
 assign_jit = jax.jit(assign, static_argnums=2)
 choose_jit = jax.jit(choose_regions, static_argnums=3)

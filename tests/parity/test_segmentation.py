@@ -54,7 +54,8 @@ SLICES = {
 every_variant = pytest.mark.parametrize("variant", ["nano", "micro", "tiny"])
 # Whole models with their gradients take a minute to compile.
 nano_first = pytest.mark.parametrize(
-    "variant", ["nano", pytest.param("micro", marks=pytest.mark.nightly), pytest.param("tiny", marks=pytest.mark.nightly)]
+    "variant",
+    ["nano", pytest.param("micro", marks=pytest.mark.nightly), pytest.param("tiny", marks=pytest.mark.nightly)],
 )
 
 

@@ -37,6 +37,7 @@ def images(recorded):
 
 
 @pytest.mark.nightly
+@pytest.mark.shifted_sums  # which run in a tenth of the time
 def test_logits_of_every_view_and_their_average(recorded, model, images, relative_error):
     height, width = recorded["raw"].shape[:2]
     assert len(images) == len(TTA_RATIOS) == 6
