@@ -1,35 +1,79 @@
-"""What the tests of whole runs from the command line share."""
+"""One data set and one trained run of each task for all tests of commands."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_runs import DETECTION, SEGMENTATION, run_script, succeed
+from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder that the first worker that needs it makes, while the others wait; tests must not change it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, whatever happens
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
 
 
-@pytest.fixture(scope="module")
-def call(tmp_path_factory):
-    """Runs a command of this package or a script; standard output."""
-    cache = tmp_path_factory.mktemp("compiled")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+@pytest.fixture(scope="session")
+def scenes(once) -> Path:
+    """Eight training images, and five for evaluation in two sizes."""
+    pytest.importorskip("cv2")
 
-    def call(*command, status=0):
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-        assert done.returncode == status, done.stderr
-        return done.stdout if status == 0 else done.stderr
+    def make(root: Path) -> None:
+        options = ("--train=8", "--val=5", "--low=40", "--high=60", "--processes=1")
+        run_script("make_scenes_dataset", root, *options)
+        for kind, extension in (("images", "jpg"), ("annotations", "png")):
+            files = sorted((root / kind / "validation").iterdir())
+            assert all(file.suffix == f".{extension}" for file in files)
+            for file, size in zip(files, [(32, 40), (48, 32), (32, 40), (32, 40), (48, 32)], strict=True):
+                with Image.open(file) as image:
+                    image.load()
+                image.crop((0, 0, *size)).save(file)
 
-    return call
+    return once("scenes", make)
+
+
+@pytest.fixture(scope="session")
+def objects(once) -> Path:
+    """Twelve training images and five for evaluation, all of one size."""
+    pytest.importorskip("cv2")
+    pytest.importorskip("pycocotools")
+    options = ("--train=12", "--val=5", "--low=64", "--high=64", "--processes=1")
+    return once("objects", lambda root: run_script("make_objects_dataset", root, *options))
+
+
+@pytest.fixture(scope="session")
+def segmenter(once, scenes) -> Path:
+    """The workdir of a run on the scenes; `printed.txt` holds its output."""
+
+    def make(workdir: Path) -> None:
+        out = succeed("train", *SEGMENTATION, f"--config.data.root={scenes}", f"--workdir={workdir}")
+        (workdir / "printed.txt").write_text(out)
+
+    return once("segmenter", make)
+
+
+@pytest.fixture(scope="session")
+def detector(once, objects) -> Path:
+    """The workdir of a run on the objects."""
+    options = (*DETECTION, f"--config.data.root={objects}")
+    return once("detector", lambda workdir: succeed("train", *options, f"--workdir={workdir}"))

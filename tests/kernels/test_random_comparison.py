@@ -140,7 +140,7 @@ def test_nan_in_the_interpreter(interpreted_scan):
 
 @pytest.mark.gpu
 @gpu_kernels
-@pytest.mark.parametrize("scan", [random_scan(seed, (3, 8, 40), longest=34) for seed in range(100, 112)], ids=str)
+@pytest.mark.parametrize("scan", [random_scan(seed, (3, 8, 40), longest=34) for seed in range(100, 108)], ids=str)
 def test_random_on_a_gpu(computed, scan):
     compare(computed, scan, tolerance=KERNEL_TOLERANCE[scan.dtype])
     assert_nan_stays_in_its_image(computed, scan)
@@ -152,7 +152,7 @@ def test_random_on_a_gpu(computed, scan):
     ("scan", "implementation"),
     [
         *((scan, "mosaic") for scan in (*TILED, *SMALL, *RESIDENT, *RESIDENT_BACKWARD)),
-        *((scan, "triton") for scan in TILED),
+        *((scan, "triton") for scan in TILED if scan.d < 100 and scan.h < 45),  # others take minutes to compile
     ],
     ids=str,
 )

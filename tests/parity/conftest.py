@@ -1,4 +1,4 @@
-"""The parity tests are part of the run on a GPU, but for those that take long."""
+"""The parity tests of nano are part of the run on a GPU; whole models of every variant would take it too long."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ import pytest
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("nightly"):
+        if Path(__file__).parent in item.path.parents and "nano" in item.name:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # which share what the model computes

@@ -374,13 +374,13 @@ def test_losses(recording, kind):
 
 @nano_first
 def test_gradients(recording, relative_error, record_property):
-    model = recording.model
+    model, sizes = recording.model, recording.sizes
 
     @jax.jit
     @jax.value_and_grad
     def gradient(parameters, images, truth, proposals):
         bound = bind(model, parameters)
-        rpn, head = rpn_and_head_losses(bound, bound.pyramid(images), recording.sizes, truth, proposals)
+        rpn, head = rpn_and_head_losses(bound, bound.pyramid(images), sizes, truth, proposals)
         return jnp.sum(rpn.score) + jnp.sum(rpn.box) + head.score + head.box + head.mask
 
     total, gradients = gradient(get_parameters(model), jnp.asarray(recording.images), recording.truth, recording.given)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dataset_scripts import load_script
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "draw_augmentations.py"
+script = load_script("draw_augmentations")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs the script in this process: returncode, stdout and stderr."""
+
+    def call(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", ["draw_augmentations.py", *map(str, arguments)])
+        capsys.readouterr()
+        status, message = 0, ""
+        try:
+            script.main()
+        except SystemExit as exit_:  # with a sentence, which Python prints before it ends with status 1
+            status, message = (1, exit_.code) if isinstance(exit_.code, str) else (exit_.code, "")
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err + message)
+
+    return call
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_sheet(folder: Path, tmp_path: Path) -> None:
+def test_sheet(run: Callable[..., SimpleNamespace], folder: Path, tmp_path: Path) -> None:
     options = ("--images", 2, "--variants", 3, "--size", 64)
     done = run(folder, "--output", tmp_path / "sheet.png", *options)
     assert done.returncode == 0, done.stderr
@@ -45,7 +57,7 @@ def test_sheet(folder: Path, tmp_path: Path) -> None:
         assert (np.asarray(Image.open(tmp_path / output)) == page).all() == (seed == 0)
 
 
-def test_erasing_and_mixing_are_shown(folder: Path, tmp_path: Path) -> None:
+def test_erasing_and_mixing_are_shown(run: Callable[..., SimpleNamespace], folder: Path, tmp_path: Path) -> None:
     """Black images stay black until they are erased, and grey ones show what they were mixed with."""
     for number in range(2):
         Image.new("RGB", (64, 64), (255 * number,) * 3).save(folder / f"{number}.png")
@@ -65,7 +77,7 @@ def test_erasing_and_mixing_are_shown(folder: Path, tmp_path: Path) -> None:
     assert min(values["mixed"][1]) > 0
 
 
-def test_help_and_errors(folder: Path, tmp_path: Path) -> None:
+def test_help_and_errors(run: Callable[..., SimpleNamespace], folder: Path, tmp_path: Path) -> None:
     assert "--randaugment" in run("--help").stdout
     for arguments, message in (
         ((tmp_path / "nowhere",), "nowhere"),

@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm_train.sh"
 
+LIMIT = 300  # seconds that anything here may take before it counts as hanging
+
 # Every task gets its number and the same command; a signal goes on to all of them, and srun waits for them to end.
 SRUN = """#!/usr/bin/env bash
 echo "$@" >> "$LOG"
@@ -40,6 +42,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "scontrol $@" >> "$LOG"\n'
 TASK = """#!/usr/bin/env bash
 trap 'sleep 0.5; echo "saved $SLURM_PROCID"; exit 143' TERM
 echo "task $SLURM_PROCID:" "$@"
+echo ready >> "$LOG.ready"
 for _ in $(seq ${TURNS}); do sleep 0.05; done
 exit "${STATUS}"
 """
@@ -93,6 +96,11 @@ class Job:
         output, _ = self.process.communicate(timeout=limit)
         return self.process.returncode, output
 
+    def ready(self) -> bool:
+        """Whether both tasks have set their traps."""
+        file = self.log.with_name("log.ready")
+        return file.is_file() and len(file.read_text().splitlines()) == 2
+
     def logged(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.is_file() else []
 
@@ -101,13 +109,13 @@ def wait_for(done: object, job: Job, limit: int) -> None:
     until = time.monotonic() + limit
     while not done():  # type: ignore[operator]
         assert time.monotonic() < until
-        assert job.process.poll() is None, job.end(10)
+        assert job.process.poll() is None, job.end(LIMIT)
         time.sleep(0.02)
 
 
 def test_all_tasks_get_the_command_line(tmp_path: Path) -> None:
     with Job(tmp_path, TASK, "--config", "configs/tiny.py", "--workdir", "a folder", TURNS="1", STATUS="0") as job:
-        status, output = job.end(20)
+        status, output = job.end(LIMIT)
     assert status == 0, output
     training = "-m msvmamba_jax.train --config configs/tiny.py --workdir a folder"
     assert sorted(output.splitlines()) == [f"task {task}: {training}" for task in (0, 1)]
@@ -117,16 +125,15 @@ def test_all_tasks_get_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [1, 130])
 def test_a_failed_run_is_not_put_back(tmp_path: Path, status: int) -> None:
     with Job(tmp_path, TASK, TURNS="1", STATUS=str(status)) as job:
-        assert job.end(20)[0] == status
+        assert job.end(LIMIT)[0] == status
     assert len(job.logged()) == 1
 
 
 def test_a_stopped_run_saves_and_is_put_back(tmp_path: Path) -> None:
-    with Job(tmp_path, TASK, TURNS="200", STATUS="0") as job:
-        wait_for(job.logged, job, 20)
-        time.sleep(0.3)  # the tasks set their traps
+    with Job(tmp_path, TASK, TURNS="6000", STATUS="0") as job:
+        wait_for(job.ready, job, LIMIT)
         job.process.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B:TERM says
-        status, output = job.end(20)
+        status, output = job.end(LIMIT)
     assert status == 143, output
     assert {"saved 0", "saved 1"} <= set(output.splitlines())
     assert job.logged()[1:] == [f"scontrol requeue {job.number}"]
@@ -148,7 +155,7 @@ def test_tasks_find_each_other_and_train(tmp_path: Path) -> None:
     }
     python = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} "$@"\n'
     with Job(tmp_path, python, *arguments, **variables) as job:
-        status, output = job.end(600)
+        status, output = job.end(2 * LIMIT)
     assert status == 0, output
     assert "2 x cpu of 2 processes" in output
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))

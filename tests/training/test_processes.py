@@ -8,27 +8,22 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import small_runs
 from PIL import Image
+from small_runs import ROOT
 
 from msvmamba_jax import InputError
-from msvmamba_jax.checkpoint import load_checkpoint, save_checkpoint
+from msvmamba_jax.checkpoint import Description, load_checkpoint, save_checkpoint
 from msvmamba_jax.data.datasets import load_dataset
-from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, get_parameters
+from msvmamba_jax.models.parameters import SHAPE_KEYS, abstract_model, get_weights
 from msvmamba_jax.tasks.registry import make_task
 from msvmamba_jax.training.processes import join
 
 LIMIT = 600  # seconds that anything here may take before it counts as hanging
-STEPS = 11
-OPTIONS = [
-    "--config=configs/digits.py", "--config.duration=1 epoch", "--config.batch_size=128", "--config.model.width=16",
-    "--config.model.depths=(1,1,1,1)", "--config.save_every=4 steps", "--config.evaluate_every=1000 steps",
-    "--config.log_every=1 step",
-]  # fmt: skip
 
 
 def free_address():
@@ -38,22 +33,22 @@ def free_address():
 
 
 class Run:
-    """Processes that train in one workdir, all with `options`, each with those of its own that `own` gives."""
+    """Processes that train in one workdir with the same command, each with options of its own that `own` gives."""
 
-    def __init__(self, workdir, count, cache, options=OPTIONS, own=lambda index: []):
+    def __init__(self, workdir, count, command, own=lambda index: []):
         address = free_address()
         environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         }  # fmt: skip
         self.metrics = workdir / "metrics.jsonl"
         self.processes = []
         for index in range(count):
             together = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
-            command = [sys.executable, "-m", "msvmamba_jax.train", f"--workdir={workdir}", *options, *own(index)]
             self.processes.append(
                 subprocess.Popen(
-                    command + together * (count > 1),
+                    [*command, f"--workdir={workdir}", *own(index)] + together * (count > 1),
                     env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 )
             )  # fmt: skip
@@ -92,42 +87,65 @@ def saved(workdir):
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdecimal())
 
 
+def weights(workdir, step, kind="raw"):
+    leaves = jax.tree.leaves(load_checkpoint(workdir / "checkpoints" / str(step), kind)[1])
+    return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
+def test_two_processes_end_as_one_would(tmp_path):
+    """One process of several devices here; one of the two gets a signal, and both save and go on."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    status, _, err = small_runs.run(alone)
+    assert status == 0, err
+    command = small_runs.command_line(None)
+    stopped_at = 3
+    with Run(together, 2, command, lambda index: ["--at", str(stopped_at), "SIGTERM"] * index) as run:
+        statuses, outputs = run.end()
+    assert statuses == [128 + signal.SIGTERM] * 2, outputs
+    assert "stopped by SIGTERM after step" in outputs[0]
+    assert "stopped by" not in outputs[1]
+    assert saved(together)[-1] == stopped_at
+    with Run(together, 2, command) as run:
+        statuses, outputs = run.end()
+    assert statuses == [0, 0], outputs
+    assert f"going on from step {stopped_at}" in outputs[0]
+    assert training_steps(together) == [2, 3, 5, 6]  # one process writes; the first step of each start compiles
+    assert_agreement(together, alone, small_runs.STEPS, images=10)
+
+
+def assert_agreement(together, alone, step, images):
+    """Weights and scores are the same up to rounding."""
+    assert saved(together)[-1] == saved(alone)[-1] == step
+    scores = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in (alone, together)]
+    assert scores[0]["step"] == scores[1]["step"] == step
+    assert scores[0]["eval_ema/images"] == scores[1]["eval_ema/images"] == images
+    np.testing.assert_allclose(scores[1]["eval_ema/loss"], scores[0]["eval_ema/loss"], rtol=1e-4)
+    ours, theirs = weights(together, step), weights(alone, step)
+    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
+
+
 @pytest.mark.nightly
-def test_two_processes_are_killed_stopped_and_resumed_and_end_as_one_would(tmp_path):
-    cache, alone, together = tmp_path / "cache", tmp_path / "alone", tmp_path / "together"
-    with Run(alone, 1, cache) as run:
+def test_two_processes_of_a_real_model_are_killed_and_resumed(tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    command = [
+        sys.executable, "-m", "msvmamba_jax.train", f"--config={ROOT / 'configs' / 'digits.py'}",
+        "--config.duration=6 steps", "--config.batch_size=128", "--config.model.width=8",
+        "--config.model.depths=(1,1,1,1)", "--config.save_every=2 steps", "--config.evaluate_every=1000 steps",
+        "--config.log_every=1 step",
+    ]  # fmt: skip
+    with Run(alone, 1, command) as run:
         statuses, outputs = run.end()
         assert statuses == [0], outputs
-
-    with Run(together, 2, cache) as run:
-        run.wait_for(lambda: (together / "checkpoints" / "4").is_dir() and run.reached(5))
-    # Leaving the block has killed both. A checkpoint of step 8 may be there as well.
-
-    with Run(together, 2, cache) as run:
-        run.wait_for(lambda: run.reached(9))
-        run.processes[1].send_signal(signal.SIGTERM)
-        statuses, outputs = run.end()
-    if statuses != [0, 0]:  # the signal may have come too late on a slow machine
-        assert statuses == [128 + signal.SIGTERM] * 2, outputs
-        assert "stopped by SIGTERM after step" in outputs[0]
-        assert "stopped by" not in outputs[1]
-        assert saved(together)[-1] in (9, 10)
-
-    with Run(together, 2, cache) as run:
+    with Run(together, 2, command) as run:
+        run.wait_for(lambda: (together / "checkpoints" / "2").is_dir() and run.reached(3))
+    # Leaving the block has killed both. A later checkpoint may be there as well.
+    with Run(together, 2, command) as run:
         statuses, outputs = run.end()
         assert statuses == [0, 0], outputs
-    assert saved(together)[-1] == STEPS
+    assert "going on from step" in outputs[0]
     steps = training_steps(together)
-    assert steps == sorted(set(steps))  # one process writes, and nothing twice
-    scores = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in (alone, together)]
-    assert scores[0]["step"] == scores[1]["step"] == STEPS
-    assert scores[0]["eval_ema/images"] == scores[1]["eval_ema/images"] == 360
-    np.testing.assert_allclose(scores[1]["eval_ema/loss"], scores[0]["eval_ema/loss"], rtol=1e-4)
-    ours, theirs = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(load_checkpoint(path, "raw")[1])])
-        for path in (together, alone)
-    )
-    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
+    assert steps == sorted(set(steps))
+    assert_agreement(together, alone, 6, images=360)
 
 
 DAMAGED = 9  # of 16
@@ -138,8 +156,6 @@ def get_config():
     config = runpy.run_path({digits!r})["get_config"]()
     config.data = {{"source": "folder", "root": {root!r}, "size": 32, "resize": 32, "randaugment": "", "workers": 0}}
     config.batch_size = 8
-    config.model.width = 16
-    config.model.depths = (1, 1, 1, 1)
     config.freeze_backbone = True
     config.duration = config.log_every = "2 steps"
     config.ema_decay = 0.0
@@ -159,24 +175,34 @@ def write_images(root):
                 path.write_bytes(b"damaged")
 
 
-@pytest.mark.nightly
-def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # what it compiles runs for two steps
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts two processes on a folder of images, of which some are damaged, from checkpoints given by process.
+
+    `start.theirs` are the weights of the checkpoint in `tmp_path / "start"`.
+    """
+    monkeypatch.setattr(Description, "build", small_runs.build)
     write_images(tmp_path / "data")
     config = tmp_path / "config.py"
-    digits = Path(__file__).parents[2] / "configs" / "digits.py"
+    digits = ROOT / "configs" / "digits.py"
     config.write_text(FOLDER_CONFIG.format(digits=str(digits), root=str(tmp_path / "data")))
     loaded = runpy.run_path(str(config))["get_config"]()
     description = make_task(loaded, load_dataset(loaded.data)).description
-    shapes = get_parameters(abstract_model(lambda: description.build(rngs=SHAPE_KEYS)))
+    shapes = get_weights(abstract_model(lambda: description.build(rngs=SHAPE_KEYS)))
     rng = np.random.default_rng(0)
-    theirs = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
+    theirs = jax.tree.map(lambda x: rng.uniform(0.05, 0.1, x.shape).astype(np.float32), shapes)
     save_checkpoint(tmp_path / "start", description, theirs)
 
-    def start(name, pretrained):
-        options = [f"--config={config}"]
-        return Run(tmp_path / name, 2, tmp_path / "cache", options, lambda i: [f"--config.pretrained={pretrained(i)}"])
+    command = [sys.executable, small_runs.__file__, f"--config={config}"]
 
+    def start(name, pretrained):
+        return Run(tmp_path / name, 2, command, lambda index: [f"--config.pretrained={pretrained(index)}"])
+
+    start.theirs = theirs
+    return start
+
+
+def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(start, tmp_path):
     with start("run", lambda index: tmp_path / "start") as run:
         statuses, outputs = run.end()
     assert statuses == [0, 0], outputs
@@ -186,10 +212,13 @@ def test_two_processes_start_from_one_checkpoint_and_count_all_damaged_images(tm
     assert [line["train/corrupt_images"] for line in lines if "train/loss" in line] == [DAMAGED]
     ours = load_checkpoint(tmp_path / "run", "raw")[1]
     for name in ("backbone", "head"):
-        equal = [np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (ours[name], theirs[name])), strict=True)]
+        leaves = map(jax.tree.leaves, (ours[name], start.theirs[name]))
+        equal = [np.array_equal(x, y) for x, y in zip(*leaves, strict=True)]
         assert set(equal) == {name == "backbone"}  # frozen: as it was read; the head has been trained
 
-    # A file that one of them cannot read ends both.
+
+@pytest.mark.nightly
+def test_a_checkpoint_that_one_process_cannot_read_ends_both(start, tmp_path):
     with start("none", lambda index: f"{tmp_path / 'start'}{index or ''}") as run:
         statuses, outputs = run.end()
     assert statuses == [1, 1], outputs

@@ -1,85 +1,43 @@
-"""Whole runs as a user starts them: real processes that are killed, stopped, started again and starved.
-
-All of them compile the same small model; a compilation cache in a temporary folder keeps that to once.
-"""
+"""Whole runs as a user starts them: killed, stopped, started again and starved."""
 
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from small_runs import BATCH, ROOT, STEPS, build, command_line, configuration, few_digits, run
 
 from msvmamba_jax import InputError, load_model
-from msvmamba_jax.checkpoint import available_weights, find_checkpoint, load_checkpoint
+from msvmamba_jax.checkpoint import Description, available_weights, find_checkpoint, load_checkpoint
 from msvmamba_jax.data.datasets import load_dataset
 from msvmamba_jax.models.parameters import flatten
 from msvmamba_jax.tasks.registry import make_task
+from msvmamba_jax.training import loop
 from msvmamba_jax.training.loop import train
 
-ROOT = Path(__file__).parents[2]
-STEPS = 12
-OPTIONS = {
-    "config.model.width": 8,
-    "config.model.depths": (1, 1, 1, 1),
-    "config.model.drop_path": 0.2,
-    "config.batch_size": 119,  # 12 steps an epoch
-    "config.duration": "1 epoch",
-    "config.log_every": "1 step",
-    "config.evaluate_every": "4 steps",
-    "config.save_every": "2 steps",
-}
+
+def run_process(command):
+    """Runs a command on as many devices as this process has: exit status, standard output, standard error."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def start(cache):
-    """Starts a run in a process of its own."""
-
-    def start(workdir, *program, **options):
-        flags = {**OPTIONS, **{f"config.{name}": value for name, value in options.items()}}
-        program = program or ("-m", "msvmamba_jax.train")
-        command = [sys.executable, *program, "--config=configs/digits.py", f"--workdir={workdir}"]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONUNBUFFERED": "1",
-        }
-        return subprocess.Popen(
-            command + [f"--{name}={value}" for name, value in flags.items()],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def run(start):
-    """Runs to the end: exit status, standard output, standard error."""
-
-    def run(workdir, **options):
-        process = start(workdir, **options)
-        out, err = process.communicate(timeout=600)
-        return process.returncode, out, err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(run, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     status, out, err = run(workdir)
     assert status == 0, err
@@ -91,25 +49,15 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(process, workdir, step):
-    """Returns as soon as metrics.jsonl tells of `step`."""
-    deadline = time.monotonic() + 500
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if (workdir / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(workdir)):
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run did not get there")
-
-
-def assert_identical(a, b):
+def assert_identical(a, b, step=STEPS):
     for weights in ("raw", "ema"):
-        (_, one), (_, two) = (load_checkpoint(w / "checkpoints" / str(STEPS), weights) for w in (a, b))
+        (_, one), (_, two) = (load_checkpoint(w / "checkpoints" / str(step), weights) for w in (a, b))
         for (name, x), (_, y) in zip(flatten(one), flatten(two), strict=True):
             assert x.tobytes() == y.tobytes(), f"{weights} {name}"
 
 
-def test_outputs(uninterrupted):
+def test_outputs(uninterrupted, monkeypatch):
+    monkeypatch.setattr(Description, "build", build)
     lines = metrics(uninterrupted)
     train = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in train] == list(range(2, STEPS + 1))  # the first one holds the compilation
@@ -118,79 +66,93 @@ def test_outputs(uninterrupted):
     assert all(0 <= line["train/waiting_share"] <= 1 for line in train)
     for name in ("eval", "eval_ema"):
         evaluations = [line for line in lines if f"{name}/accuracy_top1" in line]
-        assert [line["step"] for line in evaluations] == [4, 8, 12]
-        assert all(line[f"{name}/images"] == 360 for line in evaluations)
+        assert [line["step"] for line in evaluations] == [3, 6]
+        assert all(line[f"{name}/images"] == 10 for line in evaluations)
     assert train[-1]["train/loss"] < train[0]["train/loss"]
-    assert json.loads((uninterrupted / "config.json").read_text())["batch_size"] == 119
+    assert json.loads((uninterrupted / "config.json").read_text())["batch_size"] == BATCH
     assert list((uninterrupted / "tensorboard").iterdir())
-    assert {10, 12} <= {int(p.name) for p in (uninterrupted / "checkpoints").iterdir()}  # the latest two
+    assert {4, 6} <= {int(p.name) for p in (uninterrupted / "checkpoints").iterdir()}  # the latest two
     assert available_weights(uninterrupted) == ["raw", "ema"]
-    assert find_checkpoint(uninterrupted).name in ("4", "8", "12")  # those that have a score
+    assert find_checkpoint(uninterrupted).name in ("3", "6")  # those that have a score
     assert load_model(uninterrupted).num_classes == 10
 
 
-@pytest.mark.parametrize("step", [3, 11])
-def test_killed_run_ends_with_the_same_bits(start, run, uninterrupted, tmp_path, step):
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.nightly), 5])
+def test_killed_run_ends_with_the_same_bits(uninterrupted, tmp_path, step):
     workdir = tmp_path / "killed"
-    process = start(workdir)
-    wait_for_step(process, workdir, step)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    status, _, err = run_process(command_line(workdir, "--at", str(step), "SIGKILL"))
+    assert status == -signal.SIGKILL, err
     status, out, err = run(workdir)
     assert status == 0, err
-    assert "going on from step" in out or step == 3  # the first save may not have been on disk yet
+    assert ("going on from step" in out) == (step > 1)
     assert_identical(uninterrupted, workdir)
-    assert [line["step"] for line in metrics(workdir) if "eval/loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in metrics(workdir) if "eval/loss" in line] == [3, 6]
 
 
-def test_sigterm_saves_first(start, run, uninterrupted, tmp_path):
+def test_sigterm_saves_first(uninterrupted, tmp_path):
+    """In a process of its own, for its exit status."""
     workdir = tmp_path / "stopped"
-    process = start(workdir, save_every="1000 steps", evaluate_every="1000 steps")
-    wait_for_step(process, workdir, 5)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopped by SIGTERM after step" in out
-    saved = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
-    assert len(saved) == 1
-    assert saved[0] >= 5
-    status, out, err = run(workdir)
-    assert status == 0, err
-    assert f"going on from step {saved[0]}" in out
-    assert_identical(uninterrupted, workdir)
-
-
-STOPPED_WHILE_IT_EVALUATES = """
-import os, signal
-from msvmamba_jax import train
-from msvmamba_jax.training import loop
-
-evaluate = loop.evaluate
-
-def interrupted(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return evaluate(*arguments, **options)
-
-loop.evaluate = interrupted
-train.main()
-"""
-
-
-def test_sigterm_during_an_evaluation_saves_first(start, run, uninterrupted, tmp_path):
-    workdir = tmp_path / "stopped"
-    process = start(workdir, "-c", STOPPED_WHILE_IT_EVALUATES, save_every="1000 steps")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert "step 4, eval: not evaluated to the end" in out
+    never = {"save_every": "1000 steps", "evaluate_every": "1000 steps"}
+    status, out, err = run_process(command_line(workdir, "--at", "4", "SIGTERM", **never))
+    assert status == 128 + signal.SIGTERM, err
+    assert "stopped by SIGTERM after step 4" in out
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
-    assert not any("eval/loss" in line for line in metrics(workdir))
     status, out, err = run(workdir)
     assert status == 0, err
     assert "going on from step 4" in out
     assert_identical(uninterrupted, workdir)
 
 
-def test_complete_run_is_left_alone(run, uninterrupted):
+def test_sigterm_during_an_evaluation_saves_first(uninterrupted, tmp_path, monkeypatch):
+    workdir = tmp_path / "stopped"
+    evaluate = loop.evaluate
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        status, out, err = run(workdir, save_every="1000 steps")
+    assert status == 128 + signal.SIGTERM, err
+    assert "step 3, eval: not evaluated to the end" in out
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+    assert not any("eval/loss" in line for line in metrics(workdir))
+    status, out, err = run(workdir)
+    assert status == 0, err
+    assert "going on from step 3" in out
+    assert_identical(uninterrupted, workdir)
+
+
+def test_a_second_signal_ends_a_process_at_once():
+    stop = loop.StopRequest()
+    assert stop.agreed() is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.nightly
+def test_a_real_model_ends_with_the_same_bits(tmp_path):
+    """`python -m msvmamba_jax.train` from the outside: killed, stopped, and started again."""
+    options = {"model.width": 8, "model.depths": (1, 1, 1, 1), "model.drop_path": 0.2, "batch_size": 120}
+    times = {"duration": "8 steps", "log_every": "1 step", "evaluate_every": "4 steps", "save_every": "2 steps"}
+    flags = [f"--config.{name}={value}" for name, value in {**options, **times}.items()]
+    command = [sys.executable, "-m", "msvmamba_jax.train", f"--config={ROOT / 'configs' / 'digits.py'}", *flags]
+    status, _, err = run_process([*command, f"--workdir={tmp_path / 'whole'}"])
+    assert status == 0, err
+    patched = [sys.executable, str(Path(__file__).with_name("small_runs.py")), "--real"]
+    for number in ("SIGKILL", "SIGTERM"):
+        workdir = tmp_path / number
+        status, _, err = run_process([*patched, "--at", "5", number, *command[3:], f"--workdir={workdir}"])
+        assert status == {"SIGKILL": -9, "SIGTERM": 143}[number], err
+        status, out, err = run_process([*command, f"--workdir={workdir}"])
+        assert status == 0, err
+        assert "going on from step" in out
+        assert_identical(tmp_path / "whole", workdir, step=8)
+
+
+def test_complete_run_is_left_alone(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     status, out, _ = run(uninterrupted)
     assert status == 0
@@ -198,7 +160,7 @@ def test_complete_run_is_left_alone(run, uninterrupted):
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_workdir_of_another_model(run, uninterrupted):
+def test_workdir_of_another_model(uninterrupted):
     checkpoints = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
     status, _, err = run(uninterrupted, **{"model.name": "msvmamba_micro"})
     assert status == 1
@@ -207,20 +169,24 @@ def test_workdir_of_another_model(run, uninterrupted):
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == checkpoints
 
 
-def test_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     workdir = tmp_path / "diverging"
-    status, _, err = run(workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": "25 %"})
+    status, _, err = run(
+        workdir, **{"optimizer.learning_rate": 1e30, "optimizer.warmup": "2 steps", "save_every": "1 step"}
+    )
     assert status == 1
-    assert "not finite at step" in err
+    assert re.search("not finite at step [2-6]", err)
     assert "config.optimizer.learning_rate" in err
     assert "Traceback" not in err
-    for step in (workdir / "checkpoints").iterdir():
+    steps = list((workdir / "checkpoints").iterdir())
+    assert steps
+    for step in steps:
         _, parameters = load_checkpoint(step, "raw")
         assert all(np.isfinite(x).all() for _, x in flatten(parameters))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_reported(run, tmp_path):
+def test_full_disk_is_reported(tmp_path):
     workdir = tmp_path / "full"
     workdir.mkdir()
     (workdir / "tensorboard").mkdir()
@@ -233,14 +199,14 @@ def test_full_disk_is_reported(run, tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_workdir_that_cannot_be(run, tmp_path):
+def test_a_workdir_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("mine")
     status, _, err = run(tmp_path / "file" / "run")
     assert status == 1
     assert err == f"error: cannot make the folder {tmp_path / 'file' / 'run'}: Not a directory\n"
 
 
-def test_damaged_metrics(run, uninterrupted, tmp_path):
+def test_damaged_metrics(uninterrupted, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(uninterrupted, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
@@ -269,12 +235,11 @@ def test_damaged_metrics(run, uninterrupted, tmp_path):
     ],
 )
 def test_impossible_options(tmp_path, options, message):
-    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
-    options = OPTIONS | {"config.batch_size": 120} | {f"config.{name}": value for name, value in options.items()}
-    config.update_from_flattened_dict({name.removeprefix("config."): value for name, value in options.items()})
-
     def start():
-        dataset = load_dataset(config.data)
+        config = configuration(**options)
+        dataset = few_digits()
+        if options.get("data.source"):
+            load_dataset(config.data)
         train(config, make_task(config, dataset), dataset, tmp_path / "run")
 
     with pytest.raises(InputError, match=re.escape(message)):
@@ -282,7 +247,9 @@ def test_impossible_options(tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_impossible_option_ends_with_one_sentence(run, tmp_path):
-    status, _, err = run(tmp_path / "run", accumulate=2)
+def test_an_impossible_option_ends_with_one_sentence(tmp_path):
+    status, _, err = run(tmp_path / "run", accumulate=4)
     assert status == 1
-    assert err == "error: batch_size 119 does not divide into 2 parts on 1 devices: choose a multiple of 2\n"
+    devices = jax.device_count()
+    message = f"error: batch_size {BATCH} does not divide into 4 parts on {devices} devices"
+    assert err == f"{message}: choose a multiple of {4 * devices}\n"
