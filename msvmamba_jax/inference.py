@@ -17,7 +17,7 @@ from msvmamba_jax.checkpoint import Description, Weights, build_model, load_chec
 from msvmamba_jax.errors import InputError
 from msvmamba_jax.models.detection.inference import detect
 from msvmamba_jax.models.parameters import Tree, bind, get_weights
-from msvmamba_jax.programs import ManyShapes
+from msvmamba_jax.programs import ManyShapes, keep_compiled_programs
 from msvmamba_jax.tasks.pixels import normalise, resize_and_crop, resize_within
 from msvmamba_jax.tasks.segmentation import best_classes
 
@@ -69,7 +69,7 @@ def inference_function(
     """Makes a checkpoint a function from images to predictions.
 
     The function takes images (b, height, width, 3), RGB, either uint8 or floating point in 0..1, and compiles once for
-    each shape. It returns
+    each shape. Compiled programs are kept on disk for later processes, see `programs.keep_compiled_programs`. It returns
 
     - for classification: `probabilities` float32 (b, classes) and `labels` int32 (b,), the most probable class of each
       image;
@@ -91,6 +91,7 @@ def inference_function(
     Raises:
         InputError: there is no checkpoint, or it cannot be read. The function raises it for arrays that are no images.
     """
+    keep_compiled_programs()
     description, parameters = load_checkpoint(checkpoint, weights)
     model = build_model(description, parameters, dtype=dtype, scan_implementation=scan_implementation)
     abstract = nnx.eval_shape(lambda: model)

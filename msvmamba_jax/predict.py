@@ -50,9 +50,7 @@ def _main() -> int:
     from msvmamba_jax.checkpoint import read_description
     from msvmamba_jax.data.images import find_images
     from msvmamba_jax.inference import inference_function
-    from msvmamba_jax.programs import keep_compiled_programs
 
-    keep_compiled_programs()
     for name in ("top", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}")
