@@ -296,7 +296,7 @@ def build_model(description: Description, parameters: Tree, **options: Any) -> A
         InputError: the parameters do not fit the description.
     """
     model = abstract_model(lambda: description.build(rngs=SHAPE_KEYS, **options))
-    return bind(model, jax.tree.map(jnp.asarray, parameters))
+    return bind(model, jax.device_put(parameters))  # `jnp.asarray` would compile a program for every shape
 
 
 def save_checkpoint(path: str | Path, description: Description, parameters: Tree, *, overwrite: bool = False) -> None:

@@ -20,7 +20,7 @@ def keep_compiled_programs() -> None:
     Does nothing where JAX has been told about its compilation cache already: by `JAX_COMPILATION_CACHE_DIR` (empty:
     keep none) or by `jax.config`.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     compilation_cache.reset_cache()  # JAX looks at the setting only once, before the first compilation
