@@ -69,7 +69,7 @@ def inference_function(
     """Makes a checkpoint a function from images to predictions.
 
     The function takes images (b, height, width, 3), RGB, either uint8 or floating point in 0..1, and compiles once for
-    each shape, or reads the program that an earlier process kept on disk (`programs.keep_compiled_programs`). It returns
+    each shape, or reads the program that an earlier process kept (`programs.keep_compiled_programs`). It returns
 
     - for classification: `probabilities` float32 (b, classes) and `labels` int32 (b,), the most probable class of each
       image;
