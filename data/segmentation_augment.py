@@ -77,7 +77,8 @@ def scale_and_shift(values: np.ndarray, *, scale: float = 1.0, shift: float = 0.
         uint8 of the same shape.
     """
     table = np.arange(256, dtype=np.float32) * np.float32(scale) + np.float32(shift)
-    return opencv().LUT(values, table.clip(0, 255).astype(np.uint8))
+    found = opencv().LUT(values, table.clip(0, 255).astype(np.uint8))
+    return found.reshape(values.shape)  # OpenCV 4 gives a vector a second axis
 
 
 def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:

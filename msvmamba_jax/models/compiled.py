@@ -33,7 +33,8 @@ def compiled(method: Method) -> Method:
             return method(self, *arguments, **options)
         bound = signature.bind(self, *arguments, **options)
         result, statistics = run(graph, tuple(bound.kwargs.items()), state, bound.args[1:])
-        nnx.update(self, statistics)
+        if any(bound.kwargs.values()):
+            nnx.update(self, statistics)
         return result
 
     return call  # type: ignore[return-value]

@@ -51,7 +51,11 @@ def test_overlaps_are_rounded_after_every_operation(random_boxes):
     common = np.prod(np.maximum(high - low, 0), -1, dtype=np.float32)
     sides_a, sides_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
     union = sides_a[..., 0] * sides_a[..., 1] + sides_b[..., 0] * sides_b[..., 1] - common
-    np.testing.assert_array_equal(jax.jit(iou)(a, b), common / union)
+    found = jax.jit(iou)(a, b)
+    if jax.default_backend() == "gpu":  # where XLA's division is not correctly rounded
+        np.testing.assert_array_max_ulp(np.asarray(found), common / union, maxulp=1)
+    else:
+        np.testing.assert_array_equal(found, common / union)
 
 
 def test_sides_change_at_most_62_5_times():
