@@ -81,7 +81,7 @@ def quick_compilation() -> Iterator[None]:
 
 
 def call_in_process(function: Callable[[], object], *argv: Any) -> Outcome:
-    """What a function that takes `sys.argv` prints, and the status with which it ends."""
+    """Calls a function that reads `sys.argv`; captures what it prints and its exit status."""
     out, err = io.StringIO(), io.StringIO()
     status: Any = 0
     with process_state(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quick_compilation():

@@ -89,7 +89,7 @@ def test_exact_evaluation_counts_every_pixel_once(exact, scenes, segmenter):
 @pytest.mark.nightly
 @pytest.mark.parametrize("options", [{"bucket": 16}, {"tta": True}])
 def test_buckets_and_views_count_every_pixel_once(scenes, segmenter, tmp_path, exact, options):
-    """What is counted are the labels as they are prepared, whichever class wins."""
+    """Pixels are counted by their prepared labels, whichever class wins."""
     report = tmp_path / "report.json"
     given = [f"--config.data.{name}={value}" for name, value in options.items()]
     succeed(

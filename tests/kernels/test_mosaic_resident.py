@@ -47,7 +47,7 @@ def test_two_blocks_share_a_multiprocessor():
     [((128, 28, 28, 192), "bfloat16"), ((128, 14, 14, 384), "bfloat16"), ((128, 14, 14, 384), "float32")],
 )
 def test_blocks_that_start_at_once_queue(shape, dtype):
-    """As many as a multiprocessor has room for, each some time after the one before it."""
+    """Blocks queue as many at a time as a multiprocessor has room for, each some time after the one before it."""
     queue, needed = queue_and_bytes(shape, dtype)
     assert queue.multiprocessors == H100.multiprocessors
     assert queue.blocks > 1

@@ -274,7 +274,7 @@ SCANS = [
 
 @pytest.fixture(scope="session")
 def interpreted() -> list[str]:
-    """What went wrong with each of the scans, in one process that has Triton interpret its kernels."""
+    """Errors of each scan, empty where there is none, from one process in which Triton interprets its kernels."""
     pytest.importorskip("triton")
     pytest.importorskip("torch", reason="the interpreter reads and writes tensors of PyTorch")
     environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}

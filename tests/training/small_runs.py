@@ -85,7 +85,7 @@ def load_few(options: Any) -> Any:
 
 
 def configuration(**options: Any) -> Any:
-    """That of the digits, with dotted options."""
+    """The configuration of the digits, with dotted options."""
     sys.path.insert(0, str(ROOT))
     from msvmamba_jax.configs.digits import get_config
 

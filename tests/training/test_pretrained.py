@@ -47,7 +47,7 @@ NAMES = tuple("0123456789")
 
 
 def configuration(**options):
-    """That of the digits for a tiny model, with dotted options."""
+    """The configuration of the digits for a tiny model, with dotted options."""
     config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
     config.model = TINY
     config.update_from_flattened_dict(
@@ -130,7 +130,7 @@ def cheap_call(self, images, keys=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_forward():
-    """What is loaded and what training leaves alone does not depend on what the blocks compute."""
+    """Blocks that compute less: loading and freezing do not depend on what blocks compute."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Classifier, "__call__", cheap_call)
         yield
